@@ -1,0 +1,268 @@
+"""Data parallelism: every rank holds the whole model, reads its own rows, averages the gradients.
+
+    dL/dW = 1/N * sum_i dL_i/dW          N ranks, L_i = mean loss over the rows of rank i
+
+Exact if all ranks have equally many rows; if not, use global_mean(). Backward starts at the last
+layer, whose gradients travel in a bucket while those of earlier layers are being computed:
+
+    backward   | layer 3 | layer 2 | layer 1 | layer 0 |
+    bucket 0             [== all-reduce ==]
+    bucket 1                       [== all-reduce ==]
+    bucket 2                                           [== all-reduce ==]  the wait
+
+Cost     a rank sends 2 (N-1)/N of the gradient bytes per step (ring), whatever the batch. Weights,
+         gradients, optimizer state: nothing saved. Activations shrink with the rank's rows.
+Paper    Li et al. 2020, PyTorch Distributed, section 3.2 (arXiv 2006.15704).
+Run      python ddp.py [--nproc N] [--bench]   or   torchrun --nproc-per-node N ddp.py [--bench]
+Left out sparse gradients, compression, buckets reordered after step 1: see torch/nn/parallel.
+"""
+
+import argparse
+import contextlib
+import copy
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn as nn
+
+
+# --- launch (the same lines in every multi-process file; test_all.py compares them) ---
+def _rank(rank, fn, n, path, args):
+    try:
+        if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()
+        else:
+            torch.set_num_threads(1)            # n processes share the cores
+            store = dist.FileStore(path, n)     # a file: there is no port to collide with
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
+        fn(*args)
+        dist.destroy_process_group()
+    except Exception:
+        sys.excepthook(*sys.exc_info())         # the traceback, then end at once: to leave the
+        sys.stdout.flush()                      # group in order could wait for ranks that wait
+        os._exit(1)                             # for this one
+
+
+def launch(fn, n, *args):
+    """Run fn(*args) in n new gloo processes, or in those torchrun made (n is then torchrun's).
+    A rank that fails prints its traceback; the others are stopped, and this raises."""
+    if dist.is_torchelastic_launched():
+        return _rank(None, fn, n, None, args)
+    with tempfile.TemporaryDirectory() as folder:           # daemon: Ctrl-C leaves none behind
+        mp.spawn(_rank, (fn, n, os.path.join(folder, "store"), args), nprocs=n, daemon=True)
+# --- end launch ---
+
+
+class DataParallel(nn.Module):
+    """One process, several devices: copy the module, split the batch, run the parts, join.
+
+    Tensors (B, ...), any B -> the module's output, joined along dim 0 on devices[0]; a loss becomes
+    one entry per part. Gradients of all copies add up in the module's .grad. GPUs work at the same
+    time although this is a plain loop: a call starts the work of a GPU and does not wait for it.
+    """
+
+    def __init__(self, module, devices):
+        super().__init__()
+        self.devices = [torch.device(d) for d in devices]
+        self.module = module.to(self.devices[0])
+
+    def forward(self, *inputs):
+        if len({len(x) for x in inputs}) != 1:
+            raise ValueError(f"inputs have B = {[len(x) for x in inputs]}; give tensors of one B")
+        devices = self.devices[:max(1, len(inputs[0]))]
+        parts = zip(*(x.tensor_split(len(devices)) for x in inputs))
+        # A copy's weights are w.to(): backward runs through it to w. The module itself is the first
+        # replica, so BatchNorm's statistics are updated once; those of the copies are lost.
+        weights = [*self.module.parameters(), *self.module.buffers()]
+        replicas = [self.module] + [
+            copy.deepcopy(self.module, {id(w): w.to(device, copy=True) for w in weights})
+            for device in devices[1:]]
+        outputs = [replica(*(x.to(device) for x in part))
+                   for replica, device, part in zip(replicas, devices, parts)]
+        return torch.cat([torch.atleast_1d(y).to(devices[0]) for y in outputs])
+
+
+class DDP(nn.Module):
+    """One process per rank. A step: loss.backward(); model.sync(); optimizer.step()
+
+    sync() makes p.grad the mean over the ranks of `group` (None: all); None counts as 0, and stays
+    None if no rank has a gradient. Every rank calls it, also one without data, and between backward
+    and sync() uses the group for nothing else: complete buckets are under way. overlap=False sends
+    all in sync(). Freeze parameters before wrapping. ValueError, on all ranks: the models differ.
+    """
+
+    def __init__(self, module, group=None, bucket_mb=25, overlap=True):
+        super().__init__()
+        self.module, self.group, self.overlap = module, group, overlap
+        self.world_size = dist.get_world_size(group)
+        self.buckets = []                       # lists of parameters, in the order they are sent
+        self._ready = set()                     # parameters whose gradient came, until sync()
+        self._sent = []                         # (buffer, work) of the first buckets, until sync()
+        self._accumulating = False
+        if not bucket_mb > 0 or self.world_size < 1:
+            raise ValueError(f"bucket_mb={bucket_mb} must be above 0, and this rank in the group")
+        if self.world_size > 1:                 # alone: no hooks, no copies, nothing to average
+            _require_same_model(module, group)
+            self.broadcast([*module.parameters(), *module.buffers()])
+            self.buckets = _make_buckets(module, bucket_mb)
+        for p in sum(self.buckets, []):
+            p.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def forward(self, *args, **kwargs):
+        if self._ready:                         # else the ranks would drift apart silently
+            raise RuntimeError("call model.sync() after backward, before optimizer.step()")
+        return self.module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        """Backward in here only adds to this rank's .grad; the next sync() averages the sum."""
+        self._accumulating = True
+        try:
+            yield
+        finally:
+            self._accumulating = False
+
+    def _on_gradient(self, p):                  # autograd calls this when p.grad is complete
+        if self._accumulating:
+            return
+        if p in self._ready:
+            raise RuntimeError("second backward before sync(): put all but the last in no_sync()")
+        self._ready.add(p)
+        # Never skip a bucket: all ranks must send the same ones in the same order, used or not.
+        while (self.overlap and len(self._sent) < len(self.buckets)
+               and self._ready.issuperset(self.buckets[len(self._sent)])):
+            self._send_next()
+
+    @torch.no_grad()
+    def _send_next(self):                       # one bucket: its gradients, then a flag for each
+        bucket = self.buckets[len(self._sent)]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        used = [p.new_full((1,), p.grad is not None) for p in bucket]
+        # cat copies: autograd may give two parameters the same tensor, or one expanded from one
+        # element. Summed in place, the first would be wrong and the second corrupt memory.
+        flat = torch.cat([t.reshape(-1) for t in grads + used])
+        self._sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+
+    @torch.no_grad()
+    def sync(self):
+        """Wait for the averages. p.grad becomes a view of its bucket's buffer, which is new in
+        every step: a gradient kept from an earlier step is not overwritten."""
+        while len(self._sent) < len(self.buckets):
+            self._send_next()
+        for bucket, (flat, work) in zip(self.buckets, self._sent):
+            work.wait()
+            flat.div_(self.world_size)          # sum -> mean: the only division
+            *grads, used = flat.split([p.numel() for p in bucket] + [len(bucket)])
+            for p, grad, flag in zip(bucket, grads, used):
+                if p.grad is not None or flag != 0:         # 0: no rank used p
+                    p.grad = grad.view(p.shape)
+        self._ready, self._sent = set(), []
+
+    @torch.no_grad()
+    def broadcast(self, tensors):
+        """All ranks take the first rank's values. For BatchNorm give it .buffers() before you
+        evaluate or save; torch's DDP does that in every forward."""
+        for t in tensors:
+            data = t.contiguous()               # a collective needs dense memory
+            dist.broadcast(data, group=self.group, group_src=0)
+            t.copy_(data)
+
+
+def _require_same_model(module, group):         # all ranks raise or none: none is left waiting
+    mine = [f"{name} {tuple(t.shape)} {t.dtype} requires_grad={t.requires_grad}"
+            for name, t in [*module.named_parameters(), *module.named_buffers()]] + ["no more"]
+    lists = [None] * dist.get_world_size(group)
+    dist.all_gather_object(lists, mine, group=group)
+    for rank, theirs in enumerate(lists):
+        for a, b in zip(lists[0], theirs):
+            if a != b:
+                raise ValueError(f"rank 0 has {a}, rank {rank} has {b}; build the same model")
+
+
+def _make_buckets(module, bucket_mb):
+    """Trainable parameters, tied ones once, in reverse order, about that of backward. The first
+    bucket is small, to leave early; a small model gets four: one would leave when all is over."""
+    params = [p for p in reversed(list(module.parameters())) if p.requires_grad]
+    limit = min(bucket_mb, max(1, sum(p.nbytes for p in params) / 4 / 2**20))
+    buckets = []
+    for p in params:
+        room = 2**20 * (limit if len(buckets) > 1 else min(limit, 1))
+        if not (buckets and sum(q.nbytes for q in buckets[-1]) + p.nbytes <= room
+                and (p.dtype, p.device) == (buckets[-1][0].dtype, buckets[-1][0].device)):
+            buckets.append([])
+        buckets[-1].append(p)
+    return buckets
+
+
+def global_mean(loss_sum, count, group=None):
+    """loss_sum * N / total count: averaged by DDP, its gradients are those of sum(loss) / total.
+    count: this rank's rows (or tokens) in the whole step; all ranks call this, also with 0."""
+    total = torch.tensor(count, device=loss_sum.device)
+    dist.all_reduce(total, group=group)
+    if total == 0:
+        raise ValueError("count=0 on every rank; a step needs at least one row")
+    return loss_sum * dist.get_world_size(group) / total
+
+
+def check(ok, claim, measured):
+    """Print one claim with what was measured; stop with exit code 1 if it does not hold."""
+    if dist.get_rank() == 0 or not ok:
+        print(f"{'ok  ' if ok else 'FAIL'} {claim:<64} {measured}")
+    if not ok:
+        raise AssertionError(f"claim does not hold: {claim}: {measured}")
+
+
+def demo():
+    rank, n = dist.get_rank(), dist.get_world_size()
+    sizes = [(5, 2, 4)[r % 3] for r in range(n)]            # rows per rank, uneven on purpose
+    x = torch.randn(sum(sizes), 6, generator=torch.Generator().manual_seed(0)).double()
+    mine = x.split(sizes)[rank]
+
+    def net(seed):                              # with a tied, a frozen and an unused parameter
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+        net[2].weight, net.unused = net[0].weight, nn.Parameter(torch.zeros(3))
+        net[2].bias.requires_grad_(False)
+        return net
+
+    whole, copies, model = net(0), DataParallel(net(0), ["cpu"] * 3), DDP(net(rank), bucket_mb=1e-4)
+    sgd = torch.optim.SGD([p for m in (whole, copies, model) for p in m.parameters()], lr=0.1)
+    for _ in range(3):
+        sgd.zero_grad()
+        whole(x).square().sum(1).mean().backward()          # dense reference: one process, all rows
+        copies(x).square().sum(1).mean().backward()
+        with model.no_sync():                   # two backwards, one synchronisation
+            global_mean(model(mine[:1]).square().sum(), len(mine)).backward()
+        global_mean(model(mine[1:]).square().sum(), len(mine)).backward()
+        model.sync()
+        sgd.step()
+    want, dp, ddp = (nn.utils.parameters_to_vector(m.parameters()).detach()
+                     for m in (whole, copies, model))
+    for name, got in ("DataParallel on 3 devices", dp), ("DDP, unequal rows, accumulating", ddp):
+        error = (got - want).abs().max().item()
+        check(error <= 1e-12, f"{name}: 3 SGD steps = one process", f"{error:.1e} (<= 1e-12)")
+    first = ddp.clone()
+    model.broadcast([first])
+    check(torch.equal(ddp, first), "ranks with different seeds end bit-equal", f"{len(ddp)} numbers")
+    idle = model.module.unused.grad, model.module[2].bias.grad
+    check(idle == (None, None), "unused and frozen parameters: .grad stays None", f"{idle}")
+    model(mine).square().sum(1).mean().backward()
+    if n > 1:
+        timeline()
+
+
+def timeline():
+    """One step of 8 layers: calls and bytes; on rank 0 the figure of what is busy when."""
+    rank, n = ...
+
+
+def bench(rounds=30):
+    ...

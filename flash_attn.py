@@ -1,0 +1,276 @@
+"""FlashAttention: exact attention, tile by tile, so that the T x T score matrix never exists.
+
+    s_tj = scale q_t . k_j     lse_t = log sum_j exp(s_tj)     o_t = sum_j exp(s_tj - lse_t) v_j
+
+           k_0 v_0    k_1 v_1    k_2 v_2
+    q_0    diagonal      .          .        One (m, l, o) per query walks along the keys: merge()
+    q_1    full       diagonal      .        adds a tile; o / l and lse = m + log l remain. Causal:
+    q_2    full       full       diagonal    tiles marked . are skipped, diagonal ones are masked.
+
+Cost     FLOPs stay O(T^2 D): the same in the forward; 7 matrix products instead of 6 with the
+         backward, which computes P = exp(s - lse) again. Memory beyond inputs and output: O(T), not
+         O(T^2) (Dao 2022, theorem 1). A GPU gains speed because less crosses its main memory, HBM:
+         Theta(T^2 D^2 / M) elements, M fitting on chip, not Theta(T D + T^2) (theorem 2). The tiles
+         here explain that and save the memory; a fused kernel is faster: SDPA (see --bench).
+Paper    Dao et al. 2022, FlashAttention; Dao 2023, FlashAttention-2, algorithms 1 and 2; Milakov
+         and Gimelshein 2018, online softmax. GPT-3 (May 2020) and PaLM (April 2022) came out
+         before the first of Dao's papers (May 2022) and did not use it.
+Run      python flash_attn.py            claims and figures/flash_attn.png, about 6 s
+         python flash_attn.py --bench    milliseconds against SDPA, about 1 minute on a CPU
+Left out dropout, second derivatives, sliding windows, packed documents.
+"""
+
+import argparse
+import math
+import pathlib
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Shape letters: B batch, H query heads, N key heads (N divides H), T positions (Tq queries, Tk
+# keys), D head dim, R rows of a query block = `block` positions of the H / N heads of one key head.
+
+
+def attention_reference(q, k, v, causal=True, scale=None):
+    """Dense attention: all scores, one mask, one softmax. What flash_attention must equal."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)         # (B, H, Tq, Tk)
+    Tq, Tk = s.shape[-2:]                                   # causal: the last query sees every key
+    hidden = torch.ones_like(s, dtype=torch.bool).triu(Tk - Tq + 1 if causal else Tk)
+    p = s.masked_fill(hidden, -math.inf).softmax(-1)
+    return p.masked_fill(hidden, 0) @ v                     # a row without keys: 0, not NaN
+
+
+def partial(s, v):            # (.., R, keys), (.., keys, D) -> m, l (.., R, 1), o (.., R, D)
+    """Softmax over some keys, undivided: m = max s, l = sum exp(s - m), o = sum exp(s - m) v."""
+    m = s.amax(-1, keepdim=True)
+    p = (s - m.masked_fill(m == -math.inf, 0)).exp()        # no key: exp(-inf - 0) = 0, not NaN
+    return m, p.sum(-1, keepdim=True), p @ v
+
+
+def merge(a, b):
+    """Join the partial results of two disjoint sets of keys; any order and nesting will do.
+
+    exp(s - m_a) exp(m_a - m) = exp(s - m): with m = max(m_a, m_b), the factor exp(m_a - m) <= 1
+    turns l_a and o_a into sums that refer to m. The same for b; then they add.
+    """
+    (m_a, l_a, o_a), (m_b, l_b, o_b) = a, b
+    m = torch.maximum(m_a, m_b)
+    finite = m.masked_fill(m == -math.inf, 0)               # no key in either: not exp(-inf + inf)
+    scale_a, scale_b = (m_a - finite).exp(), (m_b - finite).exp()
+    return m, scale_a * l_a + scale_b * l_b, scale_a * o_a + scale_b * o_b
+
+
+def block_of(x, start, block, N):                           # (B, H or N, T, D) -> (B, N, rows, D)
+    """`block` positions in float32 (float64 stays). Query heads of a group become rows of their
+    key head: k and v are not repeated, and the products for dk and dv sum over the group."""
+    x = x[:, :, start:start + block]
+    return x.reshape(len(x), N, -1, x.shape[3]).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def score_tile(q_i, k_j, diagonal, group, scale):           # -> (B, N, R, keys)
+    """Scores of one tile; row r of each query head sees the columns <= r + diagonal."""
+    s = scale * (q_i @ k_j.mT)
+    if diagonal < s.shape[3] - 1:                           # else every row sees the whole tile
+        heads = s.unflatten(2, (group, -1))                 # a view: (B, N, group, rows, keys)
+        heads.masked_fill_(torch.ones_like(heads, dtype=torch.bool).triu(diagonal + 1), -math.inf)
+    return s
+
+
+class TiledAttention(torch.autograd.Function):
+    """FlashAttention-2 in plain PyTorch. Query t sees the keys j <= t + shift."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, shift, scale, block):         # algorithm 1
+        (B, N, Tk, D), (H, Tq) = k.shape, q.shape[1:3]
+        o = torch.empty_like(q)
+        lse = q.new_empty(B, H, Tq, 1, dtype=torch.promote_types(q.dtype, torch.float32))
+        for i in range(0, Tq, block):
+            q_i = block_of(q, i, block, N)
+            zero = torch.zeros_like(q_i)
+            state = zero[..., :1] - math.inf, zero[..., :1], zero            # no key seen yet
+            for j in range(0, min(Tk, i + block + shift), block):            # up to the diagonal
+                s = score_tile(q_i, block_of(k, j, block, N), i + shift - j, H // N, scale)
+                state = merge(state, partial(s, block_of(v, j, block, N)))
+            m, l, o_i = state                               # l >= 1, but 0 in a row without keys,
+            lse_i = (m + l.log()).masked_fill(l == 0, math.inf)   # whose P is then exp(-inf) = 0
+            lse[:, :, i:i + block] = lse_i.reshape(B, H, -1, 1)
+            o[:, :, i:i + block] = (o_i / l.clamp(min=1)).reshape(B, H, -1, D)
+        ctx.save_for_backward(q, k, v, o, lse)              # linear in T: neither scores nor P
+        ctx.settings = shift, scale, block
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):                                  # algorithm 2
+        (q, k, v, o, lse), (shift, scale, block) = ctx.saved_tensors, ctx.settings
+        (B, N, Tk, D), (H, Tq) = k.shape, q.shape[1:3]
+        # Softmax: ds = p * (dp - delta) with delta = sum_j p_j dp_j = do . o, the paper's D.
+        delta = (do.to(lse.dtype) * o).sum(-1, keepdim=True)                 # (B, H, Tq, 1)
+        dq, dk, dv = torch.zeros_like(q, dtype=lse.dtype), torch.empty_like(k), torch.empty_like(v)
+        with torch.autocast(do.device.type, enabled=False):                  # as in the forward
+            for j in range(0, Tk, block):
+                k_j, v_j = block_of(k, j, block, N), block_of(v, j, block, N)
+                dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
+                for i in range(max(0, j - shift) // block * block, Tq, block):
+                    q_i, do_i, lse_i, delta_i = (block_of(x, i, block, N)
+                                                 for x in (q, do, lse, delta))
+                    p = (score_tile(q_i, k_j, i + shift - j, H // N, scale) - lse_i).exp()
+                    dv_j += p.mT @ do_i
+                    ds = scale * p * (do_i @ v_j.mT - delta_i)
+                    dk_j += ds.mT @ q_i
+                    dq[:, :, i:i + block] += (ds @ k_j).reshape(B, H, -1, D)
+                dk[:, :, j:j + block], dv[:, :, j:j + block] = dk_j, dv_j
+        return dq.to(q.dtype), dk, dv, None, None, None
+
+
+def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
+    """q (B, H, Tq, D), k and v (B, N, Tk, D) -> (B, H, Tq, D) in q's dtype; scale None = D ** -0.5.
+
+    Causal is aligned bottom-right: the last query sees every key, as decoding with a KV cache
+    needs. A query without keys gives 0. backend: "sdpa" (also None) or "torch", the tiles above,
+    of `block` positions. ValueError: shapes or dtypes that do not fit, unknown backend, block < 1.
+    """
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)              # as SDPA does; float64 is left alone
+        q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))
+    if not (q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
+            and k.shape[1] and q.shape[1] % k.shape[1] == 0 and q.dtype == k.dtype == v.dtype):
+        got = ", ".join(f"{n} {tuple(x.shape)} {x.dtype}" for n, x in zip("qkv", (q, k, v)))
+        raise ValueError(f"{got} do not fit: pass q as (B, H, Tq, D), k and v as (B, N, Tk, D), "
+                         "with H a multiple of N, all of one dtype")
+    if backend not in (None, "sdpa", "torch") or block < 1:
+        raise ValueError(f'{backend=}, {block=}: pass "sdpa", "torch" or None, and a block >= 1')
+    (H, Tq, D), (N, Tk) = q.shape[1:], k.shape[1:3]
+    scale = D ** -0.5 if scale is None else scale
+    if backend == "torch":
+        shift = Tk - Tq if causal else Tk                   # Tk: every query sees every key
+        with torch.autocast(device, enabled=False):         # it would make the products bf16
+            return TiledAttention.apply(q, k, v, shift, scale, block)
+    # SDPA aligns is_causal top-left, so it is right for Tq == Tk only.
+    blind = max(0, Tq - Tk) if causal else 0                # queries without keys: cut, then padded
+    mask = None
+    if causal and 1 < Tq < Tk:                              # a single query sees every key
+        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+    o = F.scaled_dot_product_attention(q[:, :, blind:], k, v, mask, scale=scale, enable_gqa=H != N,
+                                       is_causal=causal and Tq >= Tk)
+    return F.pad(o, (0, 0, blind, 0)) if blind else o
+
+
+METHODS = {"dense": attention_reference, "sdpa": flash_attention,
+           "tiles": lambda *qkv, **options: flash_attention(*qkv, backend="torch", **options)}
+
+
+def check(ok, claim, measured):
+    """Print one claim with what was measured; stop with exit code 1 if it does not hold."""
+    print(f"{'ok  ' if ok else 'FAIL'} {claim:<64} {measured}")
+    if not ok:
+        raise AssertionError(f"claim does not hold: {claim}: {measured}")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that any operator returned while the mode was on."""
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            self.nbytes = max(self.nbytes, t.nbytes if torch.is_tensor(t) else 0)
+        return out
+
+
+def inputs(B, H, N, Tq, Tk, D, **options):                  # -> q, k, v
+    shapes = (B, H, Tq, D), (B, N, Tk, D), (B, N, Tk, D)
+    return [torch.randn(s, requires_grad=True, **options) for s in shapes]
+
+
+def demo():
+    torch.manual_seed(0)
+    s = torch.tensor([[2, 1, 4, 3, 0, 5]]).double()
+    v = torch.tensor([[1, 2, 3, 4, 5, 6]]).double().mT
+    a, b, c = (partial(s[:, j:j + 2], v[j:j + 2]) for j in (0, 2, 4))
+    print("online softmax of one query: scores 2 1 | 4 3 | 0 5, values 1 2 | 3 4 | 5 6")
+    for n, state in enumerate((a, merge(a, b), merge(merge(a, b), c))):
+        m, l, o = (x.item() for x in state)
+        print(f"     blocks 0..{n}: m = {m:.0f}  l = {l:.4f}  o = {o:.4f}  o / l = {o / l:.4f}")
+    orders = merge(merge(a, b), c), merge(a, merge(b, c)), merge(merge(c, a), b)
+    error = torch.stack([o / l - s.softmax(-1) @ v for _, l, o in orders]).abs().max().item()
+    check(error <= 1e-14, "o / l, merged in any order = softmax(s) @ v", f"{error:.0e} (<= 1e-14)")
+
+    cases = {"causal, T = 100, tiles of 32": (6, 100, 100, True),
+             "not causal": (6, 100, 100, False),
+             "6 query heads on 2 key heads": (2, 100, 100, True),
+             "37 queries after 63 cached keys": (2, 37, 100, True),
+             "100 queries on 37 keys: 63 rows are 0": (2, 100, 37, True)}
+    for name, (N, Tq, Tk, causal) in cases.items():
+        qkv = inputs(2, 6, N, Tq, Tk, 16, dtype=torch.float64)
+        do, results = torch.randn_like(qkv[0]), []
+        for method, options in ("dense", {}), ("tiles", {"block": 32}), ("sdpa", {}):
+            o = METHODS[method](*qkv, causal=causal, **options)
+            results.append([o, *torch.autograd.grad(o, qkv, do)])
+        tiles, sdpa = (torch.stack([(x - y).abs().max() for x, y in zip(result, results[0])]).max()
+                       for result in results[1:])           # max of tensors: NaN stays NaN
+        check(tiles <= 1e-12 and sdpa <= 1e-12, f"o, dq, dk, dv = dense: {name}",
+              f"tiles {tiles:.0e}, sdpa {sdpa:.0e} (<= 1e-12)")
+
+    sizes, mb = (256, 512, 1024, 2048), {method: [] for method in METHODS}
+    for T in sizes:
+        for method, attend in METHODS.items():
+            with LargestTensor() as largest:
+                attend(*inputs(1, 2, 2, T, T, 64), causal=False).sum().backward()
+            mb[method].append(largest.nbytes / 1e6)
+    dense, tiles = (mb[method][-1] / mb[method][0] for method in ("dense", "tiles"))
+    check(dense == 64 and tiles == 8, "largest tensor of forward + backward, T = 256 to 2048",
+          f"dense x {dense:g}, tiles x {tiles:g} (x 64, x 8)")
+    print("\n     T   largest tensor, MB: dense   tiles   HBM elements (a count): dense     tiles")
+    for n, T in enumerate(sizes):      # forward, one head, D = 64; dense moves S and P out and in
+        dense, tiles = 4 * T * 64 + 4 * T * T, 2 * T * 64 + T + T // 128 * 2 * T * 64
+        print(f"{T:6}{mb['dense'][n]:27.2f}{mb['tiles'][n]:8.2f}{dense:31,}{tiles:10,}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("skipped: figure (pip install matplotlib)")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for method, style in ("dense", "o-"), ("tiles", "s-"), ("sdpa", "kx:"):
+        axes.loglog(sizes, mb[method], style, base=2, label=method)
+    axes.set(xlabel="positions T", ylabel="largest tensor of forward + backward (MB)",
+             title="Dense attention grows with T², the tiles with T")
+    axes.set_xticks(sizes, sizes)
+    axes.set_yticks([2 ** n for n in range(-3, 6)], [2 ** n for n in range(-3, 6)])
+    axes.legend()
+    folder = pathlib.Path(__file__).parent / "figures"
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / "flash_attn.png", dpi=120)
+
+
+def bench():
+    """Causal attention, forward alone and with backward: median ms of SDPA and ratios to it."""
+    cuda = torch.cuda.is_available()
+    options = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {}
+    for T in (1024, 4096, 8192) if cuda else (256, 1024, 4096):
+        qkv = inputs(1, 4, 4, T, T, 64, **options)
+        for train in (False, True):
+            times = {method: [] for method in METHODS}
+            for _ in range(6):                              # alternating; the first round warms up
+                for method, attend in METHODS.items():
+                    start = time.perf_counter()
+                    o = attend(*qkv)
+                    if train:
+                        torch.autograd.grad(o.sum(), qkv)
+                    if cuda:
+                        torch.cuda.synchronize()
+                    times[method].append(1e3 * (time.perf_counter() - start))
+            dense, sdpa, tiles = (statistics.median(record[1:]) for record in times.values())
+            print(f"T = {T:5}  {'with backward' if train else 'forward':13}  sdpa {sdpa:8.2f} ms  "
+                  f"dense x {dense / sdpa:.2f}  tiles x {tiles / sdpa:.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bench", action="store_true", help="time against SDPA, in milliseconds")
+    bench() if parser.parse_args().bench else demo()

@@ -1,0 +1,316 @@
+"""A small GPT made of this project's parts; by switches, GPT-2 or the Transformer of 2017.
+
+    p(x_1 .. x_T) = prod_t p(x_t | x_1 .. x_t-1)      loss = -1/T sum_t log p(x_t | ..)   in nats
+
+    tokens (B, T) -> embed -> [ x + attention(norm(x)), x + mlp(norm(x)) ] * layers -> norm -> head
+
+    default   RMSNorm before each part, RoPE, grouped-query attention with QK-norm, SwiGLU, untied
+              head, no biases
+    GPT-2     Config(norm="layernorm", position="learned", mlp="gelu", qk_norm=False, bias=True,
+                     tied=True)
+    2017      old = dict(norm="layernorm", norm_place="post", position="sinusoidal", mlp="relu",
+                         qk_norm=False, bias=True, tied=True, scale_embedding=True)
+              encoder = GPT(Config(causal=False, **old))
+              decoder = GPT(Config(cross_attention=True, **old))
+              logits, loss = decoder(tokens, targets, memory=encoder.features(source))
+
+Start values: each parameter is drawn from a generator seeded by (seed, its name), so it depends on
+no other one, nor on how the model is spread over processes. The two layers that write into the
+residual stream (o, down) start at zero: every block starts as the identity.
+
+Paper     Vaswani et al. 2017; Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama: RMSNorm,
+          SwiGLU, RoPE); Ainslie et al. 2023 (grouped-query attention); Henry et al. 2020 (QK-norm)
+Left out  padding masks (the sequences of a batch have one length), attention dropout, beam search
+"""
+
+import dataclasses
+import math
+import zlib
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from flash_attn import flash_attention
+from rope import alibi_bias, apply_rope, rope_table, sinusoidal_table
+
+# Shape letters: B sequences, T tokens, S tokens of a memory, C width of the model, H query heads,
+# K key/value heads, D = C / H width of a head, V vocabulary.
+
+
+@dataclasses.dataclass
+class Config:
+    """The shape of a model. ValueError, with the rule and the fix, where the numbers do not fit."""
+    vocab_size: int = 256
+    seq_len: int = 256                  # the longest sequence the model reads, in tokens
+    layers: int = 4
+    dim: int = 256                      # C
+    heads: int = 4                      # H
+    kv_heads: int | None = None         # K; None: H. Fewer: grouped-query attention, 1: multi-query
+    hidden: int | None = None           # width inside the MLP; None: 4 C, for swiglu 8/3 C
+    norm: str = "rmsnorm"               # rmsnorm | layernorm
+    norm_place: str = "pre"             # pre: x + f(norm(x)) | post: norm(x + f(x)), as in 2017
+    norm_eps: float = 1e-5
+    position: str = "rope"              # rope | sinusoidal | learned | alibi | none
+    rope_base: float = 10000.0
+    rope_scaling: dict | None = None    # a Hugging Face rope dict, see rope.py
+    mlp: str = "swiglu"                 # swiglu | gelu | relu | relu2
+    qk_norm: bool = True                # RMSNorm on every head's q and k: bounds the scores
+    bias: bool = False
+    tied: bool = False                  # the head's matrix is the embedding's
+    scale_embedding: bool = False       # times sqrt(C) (Vaswani 2017, section 3.4)
+    causal: bool = True
+    cross_attention: bool = False       # every block also attends to a memory (B, S, C)
+    dropout: float = 0.0                # on the embedding and on what each part adds
+    seed: int = 0
+
+    def __post_init__(self):
+        choices = {"norm": ("rmsnorm", "layernorm"), "norm_place": ("pre", "post"),
+                   "position": ("rope", "sinusoidal", "learned", "alibi", "none"),
+                   "mlp": ("swiglu", "gelu", "relu", "relu2")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: pick {' or '.join(allowed)}")
+        if self.kv_heads is None:
+            self.kv_heads = self.heads
+        for name in ("vocab_size", "seq_len", "layers", "dim", "heads", "kv_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} does not split over heads={self.heads}: pick a "
+                             f"multiple of {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} do not share kv_heads={self.kv_heads} evenly: "
+                             f"pick a divisor of {self.heads}")
+        if self.position == "rope" and self.dim // self.heads % 2:
+            raise ValueError(f"dim/heads={self.dim // self.heads} is odd, but RoPE turns pairs: "
+                             f"pick an even width of a head")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+        if self.hidden is None:                 # 8/3: three matrices as large as two of width 4 C
+            exact = self.dim * (8 / 3 if self.mlp == "swiglu" else 4)
+            self.hidden = math.ceil(exact / 8) * 8              # hardware likes multiples of 8
+        if self.hidden < 1:
+            raise ValueError(f"hidden={self.hidden}: must be at least 1")
+
+
+def _norm(config):
+    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(config.dim, eps=config.norm_eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x to itself or, with a memory, to that (cross-attention)."""
+
+    def __init__(self, config, causal):
+        super().__init__()
+        C, K = config.dim, config.kv_heads
+        self.head_dim, self.causal = C // config.heads, causal
+        self.q = nn.Linear(C, C, bias=config.bias)
+        self.k = nn.Linear(C, K * self.head_dim, bias=config.bias)
+        self.v = nn.Linear(C, K * self.head_dim, bias=config.bias)
+        self.o = nn.Linear(C, C, bias=config.bias)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+
+    def _heads(self, x):                                    # (B, T, H D) -> (B, H, T, D)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x, memory=None, rope=None, bias=None, past=None):
+        """x (B, T, C), memory (B, S, C) or None -> (B, T, C).
+
+        rope: (cos, sin, positions) or None. bias: (H, T, all T) to add to the scores, or None.
+        past: dict that holds the keys and values of earlier tokens (decoding), or None."""
+        source = x if memory is None else memory
+        q = self.q_norm(self._heads(self.q(x)))             # (B, H, T, D)
+        k = self.k_norm(self._heads(self.k(source)))        # (B, K, T or S, D)
+        v = self._heads(self.v(source))                     # (B, K, T or S, D)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if past is not None:
+            if past:
+                k, v = torch.cat([past["k"], k], dim=2), torch.cat([past["v"], v], dim=2)
+            past.update(k=k, v=v)
+        if bias is None:
+            out = flash_attention(q, k, v, causal=self.causal)
+        else:                                               # only SDPA takes a bias
+            bias = bias.to(q.dtype)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+        return self.o(out.transpose(1, 2).flatten(2))       # (B, H, T, D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    """down(f(up(x))); swiglu: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.mlp
+        if self.kind == "swiglu":
+            self.gate = nn.Linear(config.dim, config.hidden, bias=config.bias)
+        self.up = nn.Linear(config.dim, config.hidden, bias=config.bias)
+        self.down = nn.Linear(config.hidden, config.dim, bias=config.bias)
+
+    def forward(self, x):                                   # (B, T, C) -> (B, T, C)
+        h = self.up(x)
+        if self.kind == "swiglu":
+            h = F.silu(self.gate(x)) * h
+        elif self.kind == "gelu":
+            h = F.gelu(h)
+        elif self.kind == "relu":
+            h = F.relu(h)
+        else:
+            h = F.relu(h).square()
+        return self.down(h)
+
+
+class Block(nn.Module):
+    """Attention, cross-attention if there is a memory, MLP: each adds to the residual stream x."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.pre = config.norm_place == "pre"
+        self.attn, self.attn_norm = Attention(config, config.causal), _norm(config)
+        if config.cross_attention:
+            self.cross, self.cross_norm = Attention(config, causal=False), _norm(config)
+        self.mlp, self.mlp_norm = MLP(config), _norm(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def _add(self, x, norm, part, **kwargs):
+        if self.pre:
+            return x + self.dropout(part(norm(x), **kwargs))
+        return norm(x + self.dropout(part(x, **kwargs)))
+
+    def forward(self, x, memory=None, rope=None, bias=None, past=None):     # (B, T, C) -> same
+        x = self._add(x, self.attn_norm, self.attn, rope=rope, bias=bias, past=past)
+        if memory is not None:
+            x = self._add(x, self.cross_norm, self.cross, memory=memory)
+        return self._add(x, self.mlp_norm, self.mlp)
+
+
+class GPT(nn.Module):
+    """model(tokens (B, T), targets (B, T) or None) -> logits (B, T, V), mean loss or None."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C, T = config.dim, config.seq_len
+        self.embed = nn.Embedding(config.vocab_size, C)
+        if config.position == "learned":
+            self.position = nn.Embedding(T, C)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = _norm(config) if config.norm_place == "pre" else nn.Identity()
+        self.head = nn.Linear(C, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.dropout = nn.Dropout(config.dropout)
+        # Constants. Not buffers: model.to(bfloat16) would round the angles of RoPE.
+        self.tables = {}
+        if config.position == "rope":
+            cos, sin = rope_table(T, C // config.heads, config.rope_base, config.rope_scaling)
+            self.tables = {"cos": cos, "sin": sin}
+        elif config.position == "sinusoidal":
+            self.tables = {"wave": sinusoidal_table(T, C)}
+        elif config.position == "alibi":
+            future = torch.ones(T, T, dtype=torch.bool).triu(1)
+            bias = alibi_bias(config.heads, T)
+            self.tables = {"bias": bias.masked_fill(future, -math.inf) if config.causal else bias}
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Matrices: normal, variance 1 / fan-in; o and down: 0. Embeddings: normal, variance 1, or
+        1 / C where they are the head's matrix, or multiplied by sqrt(C). Biases 0, norms 1."""
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith(("o.weight", "down.weight")):
+                p.zero_()
+            else:
+                seed = zlib.crc32(f"{self.config.seed} {name}".encode())
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+                narrow = self.config.tied or self.config.scale_embedding
+                if name not in ("embed.weight", "position.weight") or narrow:
+                    p.mul_(p.shape[1] ** -0.5)
+
+    def table(self, name, device):
+        if self.tables[name].device != device:
+            self.tables[name] = self.tables[name].to(device)
+        return self.tables[name]
+
+    def features(self, tokens, memory=None, cache=None):
+        """tokens (B, T) -> (B, T, C), what the head reads. An encoder's are a decoder's memory.
+
+        cache: [] before the first call; later calls give the tokens that follow the cached ones."""
+        config, device = self.config, tokens.device
+        start = cache[0]["k"].shape[2] if cache else 0
+        end = start + tokens.shape[1]
+        if end > config.seq_len:
+            raise ValueError(f"{end} tokens, but the model reads at most seq_len={config.seq_len}: "
+                             f"crop them, or build the model with a larger seq_len")
+        if config.cross_attention != (memory is not None):
+            raise ValueError(f"cross_attention={config.cross_attention}, but memory is "
+                             f"{'missing' if memory is None else 'given'}: use both or neither")
+        x = self.embed(tokens)                              # (B, T, C)
+        if config.scale_embedding:
+            x = x * config.dim ** 0.5
+        rope = bias = None
+        if config.position == "learned":
+            x = x + self.position.weight[start:end]
+        elif config.position == "sinusoidal":
+            x = x + self.table("wave", device)[start:end].to(x.dtype)
+        elif config.position == "rope":
+            positions = torch.arange(start, end, device=device)
+            rope = self.table("cos", device), self.table("sin", device), positions
+        elif config.position == "alibi":
+            bias = self.table("bias", device)[:, start:end, :end]
+        x = self.dropout(x)
+        if cache is not None and not cache:
+            cache.extend({} for _ in self.blocks)
+        for i, block in enumerate(self.blocks):
+            past = None if cache is None else cache[i]
+            x = block(x, memory=memory, rope=rope, bias=bias, past=past)
+        return self.norm(x)
+
+    def forward(self, tokens, targets=None, memory=None, cache=None):
+        """-> logits (B, T, V), loss: mean nats per target; targets of -100 do not count."""
+        logits = self.head(self.features(tokens, memory, cache))
+        if targets is None:
+            return logits, None
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))      # bf16: sums lose
+        return logits, F.cross_entropy(wide.flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, tokens, new_tokens, temperature=1.0, top_k=None, generator=None,
+                 use_cache=True, memory=None):
+        """tokens (B, T) -> (B, T + new_tokens). temperature 0: always the most likely token.
+
+        top_k: draw among the k most likely. use_cache: keep keys and values, so that a step reads
+        one token, not all; the result is the same. Beyond seq_len the older half is forgotten."""
+        if not self.config.causal:
+            raise ValueError("generate() needs causal=True: this model reads both sides of a token")
+        if tokens.shape[1] < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"T={tokens.shape[1]}, temperature={temperature}, top_k={top_k}: need "
+                             f"a token to start from, temperature >= 0, top_k >= 1")
+        training, limit = self.training, self.config.seq_len
+        self.eval()
+        start, cache = max(0, tokens.shape[1] - limit), []
+        for _ in range(new_tokens):
+            if tokens.shape[1] - start > limit:
+                start, cache = tokens.shape[1] - (limit + 1) // 2, []
+            seen = cache[0]["k"].shape[2] if cache else 0
+            logits, _ = self(tokens[:, start + seen:], None, memory, cache if use_cache else None)
+            token = pick(logits[:, -1].float(), temperature, top_k, generator)
+            tokens = torch.cat([tokens, token], dim=1)
+        self.train(training)
+        return tokens
+
+
+def pick(logits, temperature, top_k, generator):            # (B, V) -> (B, 1)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

@@ -1,0 +1,297 @@
+r"""Checkpoints that survive: written beside, named when complete, checked before they are trusted.
+
+    save   out/step_0000200.tmp/     every rank writes its part; rank 0 notes the crc32 of each file
+           rename: step_0000200/     one atomic system call: a checkpoint is complete or not there
+           step_0000100/ ...         older ones go, but for the last `keep`
+    load   newest complete folder -> compare facts -> compare crc32 -> read into the given tensors
+
+Without these parts: a kill while the only checkpoint is being overwritten loses the run; a flipped
+bit in a weight loads as another weight; another model's checkpoint fails with a list of shapes, or
+not at all; and an index that is a pickle runs any code its author likes. To resume bit for bit, a
+run must save all that its next step depends on: weights and optimizer state. Data and dropout masks
+should be functions of (seed, step); then the step is all they need.
+
+Cost      bytes on disk = bytes of the tensors (fp32: 12 a parameter with AdamW) and a small index;
+          while saving, keep + 1 checkpoints lie on the disk. Every file is read twice on load.
+Paper     none; the format is torch.distributed.checkpoint's: one file per rank and an index, so
+          that another number of ranks can read it
+Run       python resume.py        kills 60 saves, damages 40 files, figures/resume.png; about 10 s
+Left out  saving in the background (torch.distributed.checkpoint.async_save), power failures (the
+          rename is not forced to the disk), object stores (they have no atomic rename)
+"""
+
+import json
+import multiprocessing
+import os
+import pathlib
+import pickle
+import random
+import shutil
+import tempfile
+import time
+import warnings
+import zlib
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+
+class TensorsOnly(pickle.Unpickler):
+    """Reads the index; refuses every name that an index of tensors does not need: no code runs."""
+
+    NEEDED = {"Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+              "ChunkStorageMetadata", "MetadataIndex", "_StorageInfo", "StorageMeta", "Size",
+              "PosixPath", "_get_layout"}
+
+    def find_class(self, module, name):
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name not in self.NEEDED or module.split(".")[0] not in ("torch", "pathlib"):
+            raise pickle.UnpicklingError(f"its index asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+class SafeReader(dcp.FileSystemReader):
+    """torch's reader, but for the index; the tensors themselves torch reads with weights_only."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(pathlib.Path(self.path, ".metadata"), "rb") as file:
+            metadata = TensorsOnly(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def saved(root):
+    """The complete checkpoints under `root`, oldest first."""
+    found = pathlib.Path(root).glob("step_*")
+    return sorted(path for path in found if path.suffix != ".tmp")
+
+
+def settings_of(folder):
+    """The settings that save() was given. ValueError if they cannot be read."""
+    return _manifest(folder)["settings"]
+
+
+def save(root, step, tensors, facts, settings=None, keep=2):
+    """Write root/step_<step>; every rank calls it.
+
+    tensors: {name: tensor}, all the state there is. facts: {name: value}, what another run must
+    share to read it. settings: for settings_of(), anything JSON holds. keep: how many remain."""
+    folder = pathlib.Path(root, f"step_{step:07d}")
+    beside = folder.with_suffix(".tmp")
+    first = _rank() == 0
+    if first:
+        for left_by_a_kill in pathlib.Path(root).glob("step_*.tmp"):
+            shutil.rmtree(left_by_a_kill)
+        beside.mkdir(parents=True)
+    _wait()
+    dcp.save(tensors, checkpoint_id=beside, no_dist=not dist.is_initialized())
+    if first:
+        files = {path.name: _crc32(path) for path in sorted(beside.iterdir())}
+        text = json.dumps({"facts": facts, "settings": settings, "crc32": files}, indent=1)
+        (beside / "manifest.json").write_text(text)
+        os.replace(beside, folder)                              # atomic: from here on it exists
+        for old in saved(root)[:-keep]:
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # never half deleted and named
+    _wait()
+
+
+def load(folder, tensors, facts):
+    """Read a checkpoint into `tensors`, in place -> its step. All ranks call it, however many.
+
+    ValueError, before anything is changed, if its facts are not `facts` or a file is damaged."""
+    manifest = _manifest(folder)
+    for name in facts | manifest["facts"]:
+        was, now = manifest["facts"].get(name), facts.get(name)
+        if was != now:
+            raise ValueError(f"{folder} was saved with {name} = {was}, this run has {now}: "
+                             f"give it the same, or start anew elsewhere")
+    for name, crc32 in manifest["crc32"].items():
+        path = pathlib.Path(folder, name)
+        if not path.is_file() or _crc32(path) != crc32:
+            problem = "damaged" if path.is_file() else "missing"
+            raise ValueError(f"{path} is {problem}: delete {folder} to resume from the checkpoint "
+                             f"before it")
+    reader = SafeReader(folder)
+    try:
+        reader.read_metadata()                                  # refused here, before torch looks
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (Exception, dcp.api.CheckpointException) as problem:
+        reason = str(problem).strip().splitlines()[-1]
+        raise ValueError(f"{folder} cannot be read: {reason}") from problem
+    return int(pathlib.Path(folder).name.split("_")[1])
+
+
+def _manifest(folder):
+    try:
+        return json.loads(pathlib.Path(folder, "manifest.json").read_text())
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{folder} has no readable manifest.json ({problem}): delete the folder "
+                         f"to resume from the checkpoint before it") from problem
+
+
+def _crc32(path):
+    crc32 = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 24):
+            crc32 = zlib.crc32(part, crc32)
+    return f"{crc32:08x}"
+
+
+def _rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _wait():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ------------------------------------------------------------------ demo
+
+def check(ok, claim, measured):
+    """Print one claim with what was measured; stop with exit code 1 if it does not hold."""
+    print(f"{'ok  ' if ok else 'FAIL'} {claim:<64} {measured}")
+    if not ok:
+        raise AssertionError(f"claim does not hold: {claim}: {measured}")
+
+
+def state(step, size=300_000):
+    """Stands for a run's tensors at a step: every number is the step."""
+    return {"model.w": torch.full((size,), float(step)),
+            "optimizer.w.momentum": torch.full((size,), -float(step))}
+
+
+def kill_saves(root, kills):
+    """Save again and again, each time in a process that is killed -> [(moment, 0 = old, 1 = new)].
+
+    A moment is a fraction of the time that an undisturbed save takes, process start included."""
+    context = multiprocessing.get_context("fork")               # each child is ready at once
+    save(root, 0, state(0), {})
+    began = time.perf_counter()
+    child = context.Process(target=save, args=(root, 1, state(1), {}))
+    child.start()
+    child.join()
+    usual = time.perf_counter() - began
+    results, newest = [], 1
+    for i in range(kills):
+        step, moment = newest + 1, 1.5 * i / kills
+        child = context.Process(target=save, args=(root, step, state(step), {}))
+        child.start()
+        time.sleep(moment * usual)
+        child.kill()
+        child.join()
+        found = state(-1)
+        got = load(saved(root)[-1], found, {})
+        whole = all((t.abs() == got).all() for t in found.values())
+        if got not in (newest, step) or not whole:
+            raise AssertionError(f"killed at {moment:.2f}: found step {got} with {found}")
+        results.append((moment, got - newest))
+        newest = got
+    return results
+
+
+class Harm:
+    """A pickle of this creates the file `path`: it stands for any code."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def demo():
+    random.seed(0)
+
+    # dcp warns whenever there is only one process.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        results = kill_saves(root / "kills", 60)
+        finished = sum(kind for _, kind in results)
+        check(0 < finished < 60, "a save killed at any moment leaves the old or the new checkpoint",
+              f"{len(results)} kills: {60 - finished} x old, {finished} x new, 0 x neither")
+
+        torch.manual_seed(0)
+        tensors = {"model.w": torch.randn(300, 200), "optimizer.w.step": torch.tensor(7.0)}
+        save(root / "run", 7, tensors, {"dim": 200}, settings={"lr": 0.02})
+        got = {name: torch.zeros_like(t) for name, t in tensors.items()}
+        step = load(saved(root / "run")[-1], got, {"dim": 200})
+        check(step == 7 and all(torch.equal(got[name], tensors[name]) for name in tensors),
+              "what is loaded equals what was saved", "bit for bit")
+
+        noticed, plain = 0, 0
+        for _ in range(40):
+            broken = root / "broken"
+            shutil.rmtree(broken, ignore_errors=True)
+            shutil.copytree(root / "run" / "step_0000007", broken / "step_0000007")
+            target = broken / "step_0000007" / "__0_0.distcp"
+            data = bytearray(target.read_bytes())
+            data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+            target.write_bytes(data)
+            noticed += refuses(broken, tensors, {"dim": 200})
+            try:
+                dcp.load(dict(got), checkpoint_id=target.parent, no_dist=True)
+            except (Exception, dcp.api.CheckpointException):
+                plain += 1
+        check(noticed == 40, "one flipped bit is noticed",
+              f"{noticed} of 40 (by torch.distributed.checkpoint alone: {plain})")
+        check(refuses(root / "run", got, {"dim": 256}), "another model's checkpoint is refused",
+              "dim 200, not 256")
+
+        trap = root / "run" / "step_0000007"
+        harm = root / "harm"
+        (trap / ".metadata").write_bytes(pickle.dumps(Harm(str(harm))))
+        manifest = json.loads((trap / "manifest.json").read_text())
+        manifest["crc32"][".metadata"] = _crc32(trap / ".metadata")     # an attacker would, too
+        (trap / "manifest.json").write_text(json.dumps(manifest))
+        refused = refuses(root / "run", got, {"dim": 200}) and not harm.exists()
+        pickle.loads((trap / ".metadata").read_bytes())         # what torch's own reader does
+        check(refused and harm.exists(), "code hidden in the index is refused",
+              "not run (a plain pickle.load ran it)")
+
+        print("\nbytes per parameter, fp32    weights   optimizer   on disk (1 M parameters)")
+        w = torch.nn.Parameter(torch.randn(1000, 1000))
+        w.grad = torch.randn_like(w)
+        for name, optimizer in (("SGD", torch.optim.SGD([w])), ("AdamW", torch.optim.AdamW([w]))):
+            optimizer.step()
+            entries = {f"optimizer.{key}": t for key, t in optimizer.state[w].items()}
+            save(root / name, 1, {"w": w.detach(), **entries}, {})
+            size = sum(path.stat().st_size for path in saved(root / name)[0].iterdir()) / w.numel()
+            held = sum(t.nbytes for t in entries.values()) / w.numel()
+            print(f"{name:<28} {4:>7} {held:>11.0f} {size:>7.2f}")
+    draw(results)
+
+
+def refuses(root, tensors, facts):
+    try:
+        load(saved(root)[-1], {name: t.clone() for name, t in tensors.items()}, facts)
+    except ValueError:
+        return True
+    return False
+
+
+def draw(results):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("skipped: figure (pip install matplotlib)")
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for kind, label in ((0, "the checkpoint before it"), (1, "the new checkpoint")):
+        moments = [100 * moment for moment, found in results if found == kind]
+        axes.plot(moments, [kind] * len(moments), "o", label=label, markersize=5)
+    axes.set(xlabel="moment of the kill (% of an undisturbed save)", ylim=(-0.5, 1.5),
+             yticks=[0, 1], title="A save killed at any moment leaves a complete checkpoint")
+    axes.set_yticklabels(["found: the old one", "found: the new one"])
+    axes.grid(alpha=0.3)
+    path = pathlib.Path(__file__).parent / "figures" / "resume.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+    print(f"\nfigure {path.parent.name}/{path.name}")
+
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,360 @@
+"""Train a GPT on any text: a curve, a sample of what it writes, checkpoints that survive a kill.
+
+    step:   batch(seed, step) -> forward, backward -> average over ranks -> clip -> optimizers
+
+    python train.py                     a byte-level GPT on the Python standard library's own source
+    python train.py --data my.txt       on your file: its last 10 % are the validation text
+    python train.py --nproc 2           on 2 processes; or: torchrun --nproc-per-node 2 train.py
+    python train.py --resume            go on from the last checkpoint, with the run's own settings
+    python train.py --objective mlm     masked (BERT) instead of causal (GPT) language modelling
+
+--out (default out/) receives metrics.jsonl, loss.png, sample.txt and the last two checkpoints. A
+batch and its dropout masks are functions of (seed, step): a resumed run repeats the uninterrupted
+one bit for bit, and any number of processes sees the same data.
+
+Left out  mixed precision, and every way to split a model but data parallelism
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import os
+import pathlib
+import sys
+import time
+import zlib
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+import resume
+from data import MASK, Windows, examples, standard_library, text_file
+from ddp import DDP
+from model import GPT, Config
+from muon import Muon
+
+SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "dropout", "seed")
+LAYOUT = ("nproc", "device", "out", "resume")       # --resume takes these from the command line
+
+
+def say(text):
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def build_optimizers(model, args):
+    """-> optimizers, and the line that says which parameters each of them trains, and why."""
+    matrices = [p for name, p in model.named_parameters()
+                if p.dim() == 2 and name.startswith("blocks.")]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    betas = (0.9, 0.95)
+    if args.optimizer == "muon":
+        lr = 0.02 if args.lr is None else args.lr
+        optimizers = [Muon(matrices, lr=lr),
+                      torch.optim.AdamW(others, lr=lr / 5, betas=betas, weight_decay=0.0)]
+        text = (f"Muon (lr {lr:g}) for the {len(matrices)} matrices of the blocks, whole on every "
+                f"rank;\n       AdamW (lr {lr / 5:g}) for the other {len(others)} tensors")
+    else:
+        lr = 0.002 if args.lr is None else args.lr
+        groups = [dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)]
+        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas)]
+        text = f"AdamW (lr {lr:g}) for all tensors, weight decay 0.1 on the matrices of the blocks"
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return optimizers, text
+
+
+# ------------------------------------------------------------------ the run
+
+class Trainer:
+    """One run. Bad input fails while it is made (ValueError); then call .train() and .finish()."""
+
+    def __init__(self, args):
+        self.args, self.out = args, pathlib.Path(args.out)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        parts = self.world * args.microbatches
+        if args.batch_size % parts:
+            raise ValueError(f"--batch-size {args.batch_size} does not split over {self.world} "
+                             f"ranks x {args.microbatches} microbatches: pick a multiple of {parts}")
+        self.log = self.out / "metrics.jsonl"
+        if self.out.exists() and not self.log.exists() and (
+                not self.out.is_dir() or any(self.out.iterdir())):
+            raise ValueError(f"--out {self.out} holds something that is no run: use another one")
+        text, val_text = text_file(args.data) if args.data else standard_library()
+        self.windows = Windows(text, args.seq_len, args.seed)
+        self.val_windows = Windows(val_text, args.seq_len, args.seed, shuffle=False)
+        causal = args.objective == "causal"
+        config = Config(vocab_size=256 if causal else MASK + 1, causal=causal,
+                        **{name: getattr(args, name) for name in SHAPE})
+        self.facts = {**dataclasses.asdict(config), "optimizer": args.optimizer,
+                      "data": f"{len(text)} bytes with crc32 {zlib.crc32(text):08x}"}
+        self.model = GPT(config).to(args.device)
+        self.optimizers, trained_by = build_optimizers(self.model, args)
+        self.step = self.load() if args.resume else 0
+        self.parallel = DDP(self.model)             # returns when all ranks have come here
+        if self.rank == 0:
+            self.prepare()
+        say(f"model  {sum(p.numel() for p in self.model.parameters()):,} parameters: {args.layers} "
+            f"layers, C={args.dim}, H={args.heads}, T={args.seq_len}; {self.world} x {args.device}")
+        say(f"data   {len(text):,} bytes to learn from, {len(val_text):,} to validate on")
+        say(f"optim  {trained_by}")
+
+    def prepare(self):
+        """Make --out ready. An earlier run there is moved aside: nothing is overwritten."""
+        if self.args.resume:                        # forget what was logged after the checkpoint
+            lines = self.log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines
+                    if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
+            beside = self.log.with_suffix(".tmp")
+            beside.write_text("".join(kept))
+            os.replace(beside, self.log)
+            return
+        if self.log.exists():
+            numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
+            aside = next(path for path in numbered if not path.exists())
+            os.replace(self.out, aside)
+            say(f"kept   the earlier run in {self.out} as {aside}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log.touch()
+
+    def tensors(self):
+        """All that a checkpoint holds, by names that do not depend on the number of processes."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        state = {f"model.{name}": p.detach() for p, name in names.items()}
+        for optimizer in self.optimizers:
+            for p, entries in optimizer.state.items():
+                state.update({f"optimizer.{names[p]}.{key}": entries[key] for key in entries})
+        return state
+
+    def load(self):
+        """Read the last checkpoint into model and optimizers, in place -> its step."""
+        for optimizer in self.optimizers:           # a step of size 0 makes its state tensors
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+                for p in group["params"]:
+                    p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+        return resume.load(resume.saved(self.out)[-1], self.tensors(), self.facts)
+
+    def save(self):
+        settings = {key: value for key, value in vars(self.args).items() if key not in LAYOUT}
+        resume.save(self.out, self.step, self.tensors(), self.facts, settings)
+
+    def sum_over_ranks(self, *values):
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    @torch.no_grad()
+    def evaluate(self, most=None):
+        """Mean nats per target over all validation windows, or about `most` evenly spaced ones."""
+        self.model.eval()
+        count = self.val_windows.count
+        numbers = range(0, count, max(1, count // most) if most else 1)[self.rank::self.world]
+        nats, targets = 0.0, 0
+        for i in range(0, len(numbers), 32):
+            x, y = examples(self.val_windows, numbers[i:i + 32], self.args.objective)
+            loss = self.model(x.to(self.args.device), y.to(self.args.device))[1]
+            nats += loss.item() * (y != -100).sum().item()
+            targets += (y != -100).sum().item()
+        self.model.train()
+        nats, targets = self.sum_over_ranks(nats, targets)
+        return nats / targets
+
+    def backward(self):
+        """Gradients of the step's batch, mean over microbatches and ranks -> this rank's loss."""
+        args, total = self.args, 0.0
+        rows = args.batch_size // (self.world * args.microbatches)
+        first = self.step * args.batch_size + self.rank * rows * args.microbatches
+        torch.manual_seed(zlib.crc32(f"{args.seed} {self.step} {self.rank}".encode()))  # dropout
+        for i in range(args.microbatches):
+            numbers = range(first + i * rows, first + (i + 1) * rows)
+            x, y = examples(self.windows, numbers, args.objective)
+            last = i == args.microbatches - 1
+            with contextlib.nullcontext() if last else self.parallel.no_sync():
+                loss = self.parallel(x.to(args.device), y.to(args.device))[1] / args.microbatches
+                loss.backward()
+            total = total + loss.detach()
+        self.parallel.sync()
+        return total
+
+    def update(self):
+        """Clip, set the learning rate (linear warm-up times linear decay to zero), step -> norm."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
+        warm = min(1, (self.step + 1) / max(1, self.args.warmup))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * warm * (1 - self.step / self.args.steps)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return norm
+
+    def train(self):
+        """Step until --steps; every so often a log line, a validation, a checkpoint."""
+        args, first, began = self.args, self.step, time.perf_counter()
+        busy, since = 0.0, self.step                # seconds in steps since the last log line
+        while self.step < args.steps:
+            before = time.perf_counter()
+            loss, norm = self.backward(), self.update()
+            busy += time.perf_counter() - before
+            log, check, keep = (self.step % every == 0 or self.step == args.steps
+                                for every in (args.log_every, args.eval_every, args.save_every))
+            if not (log or check or keep):
+                continue
+            loss, norm = self.sum_over_ranks(float(loss))[0] / self.world, float(norm)
+            if not math.isfinite(loss + norm):
+                raise SystemExit(f"error: loss {loss}, gradient norm {norm} at step {self.step}: "
+                                 f"lower --lr and start again")
+            seconds, busy, since = busy / (self.step - since), 0.0, self.step
+            record = {"step": self.step, "loss": loss, "grad_norm": norm,
+                      "lr": self.optimizers[0].param_groups[0]["lr"], "step_ms": 1e3 * seconds,
+                      "tokens_per_s": args.batch_size * args.seq_len / seconds}
+            text = (f"step {self.step:5}/{args.steps}  loss {loss:.4f}  norm {norm:5.2f}  "
+                    f"{record['tokens_per_s']:7,.0f} tokens/s")
+            if check:
+                nats = self.evaluate(None if self.step == args.steps else 100)
+                bits = nats / math.log(2)
+                record |= {"val_loss": nats, "ppl": math.exp(nats), "bits_per_byte": bits}
+                text += f"  val {nats:.4f} = {bits:.3f} bits per byte"
+            if self.rank == 0:
+                with open(self.log, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            if keep:
+                self.save()
+            left = (time.perf_counter() - began) / (self.step - first) * (args.steps - self.step)
+            say(f"{text}  {int(left) // 60}:{int(left) % 60:02} left")
+
+    def finish(self):
+        """A sample of what the model writes, the curve, and proof that all ranks hold one model."""
+        weights = b"".join(p.detach().cpu().numpy().tobytes() for p in self.model.parameters())
+        crc32s = [None] * self.world
+        dist.all_gather_object(crc32s, f"{zlib.crc32(weights):08x}")
+        if len(set(crc32s)) > 1:
+            raise RuntimeError(f"the ranks hold different weights: crc32 {crc32s}")
+        if self.rank == 0:
+            self.sample()
+            plot(self.log, self.out / "loss.png")
+        say(f"weights crc32 {crc32s[0]} on {self.world} rank(s); the run is in {self.out}/")
+
+    def sample(self):
+        """causal: 400 new bytes. mlm: the first validation window, its hidden bytes filled in."""
+        if self.args.objective == "causal":
+            prompt = torch.tensor([[ord("\n")]], device=self.args.device)
+            tokens = self.model.generate(prompt, 400, temperature=0.7)
+        else:
+            tokens = examples(self.val_windows, [0], "mlm")[0].to(self.args.device)
+            guess = self.model(tokens)[0][..., :MASK].argmax(-1)
+            tokens = torch.where(tokens == MASK, guess, tokens)
+        text = bytes(tokens[0].tolist()).decode("utf-8", "replace")
+        (self.out / "sample.txt").write_text(text)
+        say(f"{' a sample of what it writes ':-^80}\n{text.strip()}\n{'':-^80}")
+
+
+def plot(log, path):
+    from matplotlib.figure import Figure
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o-")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        axes.plot(*zip(*points), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats per predicted byte)", ylim=(0, None),
+             title=f"Validation loss {points[-1][1]:.3f} nats per byte after {points[-1][0]} steps")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+# ------------------------------------------------------------------ command line
+
+def fail(message):
+    """Bad input: one line, exit code 2. Under torchrun rank 0 speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = fail
+    add = parser.add_argument
+    add("--data", help="text file; default: the Python standard library's source")
+    add("--objective", choices=("causal", "mlm"), default="causal", help="next or hidden bytes")
+    add("--layers", type=int, default=4)
+    add("--dim", type=int, default=256, help="width C of the model")
+    add("--heads", type=int, default=4)
+    add("--kv-heads", type=int, help="key/value heads; default: as --heads")
+    add("--hidden", type=int, help="width inside the MLP; default: 4 C, for swiglu 8/3 C")
+    add("--seq-len", type=int, default=256, help="bytes in a sequence")
+    add("--mlp", choices=("swiglu", "gelu", "relu", "relu2"), default="swiglu")
+    add("--dropout", type=float, default=0.0)
+    add("--steps", type=int, default=500)
+    add("--batch-size", type=int, default=16, help="sequences in a step, over all ranks")
+    add("--microbatches", type=int, default=1, help="parts in which a rank takes its share")
+    add("--optimizer", choices=("muon", "adamw"), default="muon")
+    add("--lr", type=float, help="peak learning rate; default: 0.02 for muon, 0.002 for adamw")
+    add("--warmup", type=int, default=0, help="steps until the peak")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
+    add("--seed", type=int, default=0)
+    add("--device", choices=("cpu", "cuda", "mps"),
+        default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--nproc", type=int, default=1, help="processes to start on this machine")
+    add("--out", default="out", help="folder of the run")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--save-every", type=int, default=100, help="steps between checkpoints")
+    add("--eval-every", type=int, default=100, help="steps between validations")
+    add("--log-every", type=int, default=20, help="steps between log lines")
+    args = parser.parse_args(argv)
+    if args.resume:                                     # the run's own settings are the defaults
+        if not resume.saved(args.out):
+            fail(f"--resume: no checkpoint in {args.out}; start without --resume")
+        try:
+            parser.set_defaults(**resume.settings_of(resume.saved(args.out)[-1]))
+        except ValueError as problem:
+            fail(str(problem))
+        args = parser.parse_args(argv)
+    for name in ("steps", "batch_size", "microbatches", "nproc",
+                 "save_every", "eval_every", "log_every"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    return args
+
+
+def main(argv):
+    args = parse(argv)
+    joined = dist.is_torchelastic_launched()
+    if args.nproc > 1 and not joined:                   # what typing torchrun would do
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)   # the ranks report
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.nproc)))
+        here = LaunchConfig(run_id="train", min_nodes=1, max_nodes=1, nproc_per_node=args.nproc,
+                            rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+        try:
+            elastic_launch(here, sys.executable)(__file__, *argv)
+        except ChildFailedError as failed:
+            sys.exit(max(1, *(failure.exitcode for failure in failed.failures.values())))
+        return
+    if joined:
+        dist.init_process_group()                       # gloo, and nccl where there is CUDA
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        trainer = Trainer(args)
+    except ValueError as problem:
+        fail(str(problem))
+    trainer.train()
+    trainer.finish()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
