@@ -63,11 +63,9 @@ def launch(fn, n, *args):
 
 class DataParallel(nn.Module):
     """One process, several devices: copy the module, split the batch, run the parts, join.
-
     Tensors (B, ...), any B -> the module's output, joined along dim 0 on devices[0]; a loss becomes
-    one entry per part. Gradients of all copies add up in the module's .grad. GPUs work at the same
-    time although this is a plain loop: a call starts the work of a GPU and does not wait for it.
-    """
+    one entry per part. Gradients of all copies add up in the module's .grad. The plain loop keeps
+    all GPUs busy: a call starts a GPU's work without waiting for it."""
 
     def __init__(self, module, devices):
         super().__init__()
@@ -110,11 +108,41 @@ class DDP(nn.Module):
         if not bucket_mb > 0 or self.world_size < 1:
             raise ValueError(f"bucket_mb={bucket_mb} must be above 0, and this rank in the group")
         if self.world_size > 1:                 # alone: no hooks, no copies, nothing to average
-            _require_same_model(module, group)
+            self._require_same_model()
             self.broadcast([*module.parameters(), *module.buffers()])
-            self.buckets = _make_buckets(module, bucket_mb)
+            self._fill_buckets(bucket_mb)
         for p in sum(self.buckets, []):
             p.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def _require_same_model(self):              # all ranks raise or none: none is left waiting
+        mine = [f"{name} {tuple(t.shape)} {t.dtype} requires_grad={t.requires_grad}" for name, t in
+                [*self.module.named_parameters(), *self.module.named_buffers()]] + ["no more"]
+        lists = [None] * self.world_size
+        dist.all_gather_object(lists, mine, group=self.group)
+        for rank, theirs in enumerate(lists):
+            for a, b in zip(lists[0], theirs):
+                if a != b:
+                    raise ValueError(f"rank 0 has {a}, rank {rank} has {b}; build the same model")
+
+    @torch.no_grad()
+    def broadcast(self, tensors):
+        """All ranks take the first rank's values: do it to .buffers() before you evaluate or save
+        (BatchNorm's statistics; torch's DDP does it in every forward)."""
+        for t in tensors:
+            data = t.contiguous()               # a collective needs dense memory
+            dist.broadcast(data, group=self.group, group_src=0)
+            t.copy_(data)
+
+    def _fill_buckets(self, bucket_mb):
+        """Reverse order is about the order of backward. A bucket is full at bucket_mb; the first at
+        1 MB, to leave early; in a small model at a quarter of it: one bucket could not overlap."""
+        params = [p for p in reversed(list(self.module.parameters())) if p.requires_grad]
+        limit = min(bucket_mb * 2**20, max(2**20, sum(p.nbytes for p in params) / 4))
+        position, buckets = limit - min(limit, 2**20), {}
+        for p in params:                        # tied parameters come once
+            buckets.setdefault((position // limit, p.dtype, p.device), []).append(p)
+            position += p.nbytes
+        self.buckets = list(buckets.values())
 
     def forward(self, *args, **kwargs):
         if self._ready:                         # else the ranks would drift apart silently
@@ -165,41 +193,6 @@ class DDP(nn.Module):
                 if p.grad is not None or flag != 0:         # 0: no rank used p
                     p.grad = grad.view(p.shape)
         self._ready, self._sent = set(), []
-
-    @torch.no_grad()
-    def broadcast(self, tensors):
-        """All ranks take the first rank's values. For BatchNorm give it .buffers() before you
-        evaluate or save; torch's DDP does that in every forward."""
-        for t in tensors:
-            data = t.contiguous()               # a collective needs dense memory
-            dist.broadcast(data, group=self.group, group_src=0)
-            t.copy_(data)
-
-
-def _require_same_model(module, group):         # all ranks raise or none: none is left waiting
-    mine = [f"{name} {tuple(t.shape)} {t.dtype} requires_grad={t.requires_grad}"
-            for name, t in [*module.named_parameters(), *module.named_buffers()]] + ["no more"]
-    lists = [None] * dist.get_world_size(group)
-    dist.all_gather_object(lists, mine, group=group)
-    for rank, theirs in enumerate(lists):
-        for a, b in zip(lists[0], theirs):
-            if a != b:
-                raise ValueError(f"rank 0 has {a}, rank {rank} has {b}; build the same model")
-
-
-def _make_buckets(module, bucket_mb):
-    """Trainable parameters, tied ones once, in reverse order, about that of backward. The first
-    bucket is small, to leave early; a small model gets four: one would leave when all is over."""
-    params = [p for p in reversed(list(module.parameters())) if p.requires_grad]
-    limit = min(bucket_mb, max(1, sum(p.nbytes for p in params) / 4 / 2**20))
-    buckets = []
-    for p in params:
-        room = 2**20 * (limit if len(buckets) > 1 else min(limit, 1))
-        if not (buckets and sum(q.nbytes for q in buckets[-1]) + p.nbytes <= room
-                and (p.dtype, p.device) == (buckets[-1][0].dtype, buckets[-1][0].device)):
-            buckets.append([])
-        buckets[-1].append(p)
-    return buckets
 
 
 def global_mean(loss_sum, count, group=None):
@@ -252,17 +245,41 @@ def demo():
     first = ddp.clone()
     model.broadcast([first])
     check(torch.equal(ddp, first), "ranks with different seeds end bit-equal", f"{len(ddp)} numbers")
-    idle = model.module.unused.grad, model.module[2].bias.grad
-    check(idle == (None, None), "unused and frozen parameters: .grad stays None", f"{idle}")
-    model(mine).square().sum(1).mean().backward()
-    if n > 1:
-        timeline()
+    check(model.module.unused.grad is None, "a parameter that no rank used keeps .grad None", "None")
+    bench(rounds=8)
 
 
-def timeline():
-    """One step of 8 layers: calls and bytes; on rank 0 the figure of what is busy when."""
-    rank, n = ...
+def bench(rounds):
+    """Median ms of a step on one model, the ways in turn; then one step profiled and drawn."""
+    cuda = torch.cuda.is_available() and dist.is_torchelastic_launched()
+    device, C, depth = ("cuda", 1024, 12) if cuda else ("cpu", 256, 4)
+    block = nn.TransformerEncoderLayer(C, 4, 4 * C, dropout=0.0, batch_first=True, device=device)
+    model = lambda: nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
+    x, wait = torch.randn(4, 16, C, device=device), torch.cuda.synchronize if cuda else int
+    each = lambda m: [dist.all_reduce(p.grad) for p in m.parameters()]
+    ways = {"torch DDP": (nn.parallel.DistributedDataParallel(model()), None),
+            "this DDP": (DDP(model()), DDP.sync),
+            "this DDP, overlap=False": (DDP(model(), overlap=False), DDP.sync),
+            "a blocking all-reduce per gradient": (model(), each),
+            "no averaging": (model(), None)}
+    times = {way: [] for way in ways}
+    for way, (m, finish) in list(ways.items()) * rounds:
+        m.zero_grad()
+        dist.barrier()
+        start = time.perf_counter()
+        m(x).square().mean().backward()
+        if finish:
+            finish(m)
+        wait()
+        times[way].append((time.perf_counter() - start) * 1e3)
+    for way in ways if dist.get_rank() == 0 else []:
+        ms, base = (torch.tensor(times[k][3:]).median() for k in (way, "torch DDP"))
+        print(f"{way:<36} {ms:8.1f} ms   {ms / base:.2f} x torch DDP")
 
 
-def bench(rounds=30):
-    ...
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="data parallelism: demo, or step times in ms")
+    parser.add_argument("--nproc", type=int, default=2, help="processes to start (default 2)")
+    parser.add_argument("--bench", action="store_true", help="only step times, 40 rounds")
+    options = parser.parse_args()
+    launch(*((bench, options.nproc, 40) if options.bench else (demo, options.nproc)))

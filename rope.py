@@ -131,8 +131,8 @@ def sinusoidal_table(T, C):                                            # -> (T, 
 
 
 def alibi_bias(H, T):                                                  # -> (H, T, T) float32
-    """-slope_h |i - j| for query i, key j, without a causal mask. Slopes 2^(-8h/H), h = 1 .. H. If H
-    is no power of two, as the authors do: slopes of the power below, then every second one above.
+    """-slope_h |i - j| for query i, key j, without a causal mask. Slopes 2^(-8h/H), h = 1 .. H; if
+    H is no power of two, the authors take those of the power below, then every second one above.
     """
     n = 2 ** int(math.log2(H))                         # largest power of two <= H
     slopes = [2 ** (-8 * h / n) for h in range(1, n + 1)]
@@ -200,7 +200,6 @@ def demo_rotation():
     got = apply_rope(q, cos, sin, torch.stack((m % 20, (m - 5).clamp(min=0))))         # (B, T)
     same(got[0, :, 20:], turn(q[:, :, 20:])[0], 0, "a packed document = the document alone")
     same(got[1, :, 5:], turn(q[:, :, 5:])[1], 0, "a left-padded row = the row alone")
-
     same(rope_table(8192, D)[0], cos, 1e-3, "cos of the float32 table, 8192 positions = float64")
     lost = ((angle[:, :1] * theta.bfloat16().double()).cos() - cos).abs().max().item()
     check(lost > 1, "theta cast to bf16: cos is lost by position 8192", f"off by {lost:.1f} (> 1)")
@@ -296,5 +295,6 @@ def demo_length():
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)                           # the matrices are too small to share
     demo_rotation()
     demo_length()

@@ -1,7 +1,6 @@
 """Train a GPT on any text: a curve, a sample of what it writes, checkpoints that survive a kill.
 
-    step:   batch(seed, step) -> forward, backward -> average over ranks -> clip -> optimizers
-
+    step: batch(seed, step) -> forward, backward -> average over ranks -> clip -> optimizers
     python train.py                     a byte-level GPT on the Python standard library's own source
     python train.py --data my.txt       on your file: its last 10 % are the validation text
     python train.py --nproc 2           on 2 processes; or: torchrun --nproc-per-node 2 train.py
@@ -48,26 +47,18 @@ def say(text):
 
 
 def build_optimizers(model, args):
-    """-> optimizers, and the line that says which parameters each of them trains, and why."""
-    matrices = [p for name, p in model.named_parameters()
-                if p.dim() == 2 and name.startswith("blocks.")]
+    """-> [(optimizer, its peak learning rate), ...], and the line that says which trains what."""
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    betas = (0.9, 0.95)
-    if args.optimizer == "muon":
-        lr = 0.02 if args.lr is None else args.lr
-        optimizers = [Muon(matrices, lr=lr),
-                      torch.optim.AdamW(others, lr=lr / 5, betas=betas, weight_decay=0.0)]
-        text = (f"Muon (lr {lr:g}) for the {len(matrices)} matrices of the blocks, whole on every "
-                f"rank;\n       AdamW (lr {lr / 5:g}) for the other {len(others)} tensors")
-    else:
-        lr = 0.002 if args.lr is None else args.lr
-        groups = [dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)]
-        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas)]
-        text = f"AdamW (lr {lr:g}) for all tensors, weight decay 0.1 on the matrices of the blocks"
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak"] = group["lr"]
-    return optimizers, text
+    betas, lr = (0.9, 0.95), args.lr or (0.02 if args.optimizer == "muon" else 0.002)
+    if args.optimizer == "adamw":
+        groups = dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)
+        return [(torch.optim.AdamW(groups, lr, betas), lr)], f"AdamW (lr {lr:g}) for all tensors"
+    adamw = torch.optim.AdamW(others, lr / 5, betas, weight_decay=0.0)
+    return [(Muon(matrices, lr), lr), (adamw, lr / 5)], (
+        f"Muon (lr {lr:g}) for the {len(matrices)} matrices of the blocks, whole on every rank; "
+        f"AdamW (lr {lr / 5:g}) for the other {len(others)} tensors")
 
 
 # ------------------------------------------------------------------ the run
@@ -80,12 +71,12 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         parts = self.world * args.microbatches
         if args.batch_size % parts:
-            raise ValueError(f"--batch-size {args.batch_size} does not split over {self.world} "
-                             f"ranks x {args.microbatches} microbatches: pick a multiple of {parts}")
+            raise ValueError(f"--batch-size {args.batch_size} does not split into {parts} = ranks x "
+                             f"microbatches: pick a multiple of {parts}")
         self.log = self.out / "metrics.jsonl"
-        if self.out.exists() and not self.log.exists() and (
-                not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"--out {self.out} holds something that is no run: use another one")
+        taken = self.out.is_file() or self.out.is_dir() and any(self.out.iterdir())
+        if taken and not self.log.exists():
+            raise ValueError(f"--out {self.out} holds something that is no run: name another")
         text, val_text = text_file(args.data) if args.data else standard_library()
         self.windows = Windows(text, args.seq_len, args.seed)
         self.val_windows = Windows(val_text, args.seq_len, args.seed, shuffle=False)
@@ -107,34 +98,32 @@ class Trainer:
 
     def prepare(self):
         """Make --out ready. An earlier run there is moved aside: nothing is overwritten."""
+        lines = []
         if self.args.resume:                        # forget what was logged after the checkpoint
-            lines = self.log.read_text().splitlines(keepends=True)
-            kept = [line for line in lines
-                    if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
-            beside = self.log.with_suffix(".tmp")
-            beside.write_text("".join(kept))
-            os.replace(beside, self.log)
-            return
-        if self.log.exists():
+            lines = [line for line in self.log.read_text().splitlines(keepends=True)
+                     if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
+        elif self.log.exists():
             numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
             aside = next(path for path in numbered if not path.exists())
             os.replace(self.out, aside)
             say(f"kept   the earlier run in {self.out} as {aside}")
         self.out.mkdir(parents=True, exist_ok=True)
-        self.log.touch()
+        beside = self.log.with_suffix(".tmp")
+        beside.write_text("".join(lines))
+        os.replace(beside, self.log)
 
     def tensors(self):
         """All that a checkpoint holds, by names that do not depend on the number of processes."""
         names = {p: name for name, p in self.model.named_parameters()}
         state = {f"model.{name}": p.detach() for p, name in names.items()}
-        for optimizer in self.optimizers:
+        for optimizer, _ in self.optimizers:
             for p, entries in optimizer.state.items():
                 state.update({f"optimizer.{names[p]}.{key}": entries[key] for key in entries})
         return state
 
     def load(self):
         """Read the last checkpoint into model and optimizers, in place -> its step."""
-        for optimizer in self.optimizers:           # a step of size 0 makes its state tensors
+        for optimizer, _ in self.optimizers:        # a step of size 0 makes its state tensors
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
                 for p in group["params"]:
@@ -172,11 +161,10 @@ class Trainer:
         """Gradients of the step's batch, mean over microbatches and ranks -> this rank's loss."""
         args, total = self.args, 0.0
         rows = args.batch_size // (self.world * args.microbatches)
-        first = self.step * args.batch_size + self.rank * rows * args.microbatches
         torch.manual_seed(zlib.crc32(f"{args.seed} {self.step} {self.rank}".encode()))  # dropout
         for i in range(args.microbatches):
-            numbers = range(first + i * rows, first + (i + 1) * rows)
-            x, y = examples(self.windows, numbers, args.objective)
+            begin = self.step * args.batch_size + (self.rank * args.microbatches + i) * rows
+            x, y = examples(self.windows, range(begin, begin + rows), args.objective)
             last = i == args.microbatches - 1
             with contextlib.nullcontext() if last else self.parallel.no_sync():
                 loss = self.parallel(x.to(args.device), y.to(args.device))[1] / args.microbatches
@@ -189,9 +177,9 @@ class Trainer:
         """Clip, set the learning rate (linear warm-up times linear decay to zero), step -> norm."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
         warm = min(1, (self.step + 1) / max(1, self.args.warmup))
-        for optimizer in self.optimizers:
+        for optimizer, peak in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * warm * (1 - self.step / self.args.steps)
+                group["lr"] = peak * warm * (1 - self.step / self.args.steps)
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -215,7 +203,7 @@ class Trainer:
                                  f"lower --lr and start again")
             seconds, busy, since = busy / (self.step - since), 0.0, self.step
             record = {"step": self.step, "loss": loss, "grad_norm": norm,
-                      "lr": self.optimizers[0].param_groups[0]["lr"], "step_ms": 1e3 * seconds,
+                      "lr": self.optimizers[0][0].param_groups[0]["lr"], "step_ms": 1e3 * seconds,
                       "tokens_per_s": args.batch_size * args.seq_len / seconds}
             text = (f"step {self.step:5}/{args.steps}  loss {loss:.4f}  norm {norm:5.2f}  "
                     f"{record['tokens_per_s']:7,.0f} tokens/s")
@@ -234,15 +222,15 @@ class Trainer:
 
     def finish(self):
         """A sample of what the model writes, the curve, and proof that all ranks hold one model."""
-        weights = b"".join(p.detach().cpu().numpy().tobytes() for p in self.model.parameters())
-        crc32s = [None] * self.world
-        dist.all_gather_object(crc32s, f"{zlib.crc32(weights):08x}")
-        if len(set(crc32s)) > 1:
-            raise RuntimeError(f"the ranks hold different weights: crc32 {crc32s}")
+        crc32 = 0
+        for p in self.model.parameters():
+            crc32 = zlib.crc32(p.detach().cpu().numpy().tobytes(), crc32)
+        if self.sum_over_ranks(crc32) != [crc32 * self.world]:
+            raise RuntimeError(f"rank {self.rank} holds other weights than the rest: {crc32:08x}")
         if self.rank == 0:
             self.sample()
             plot(self.log, self.out / "loss.png")
-        say(f"weights crc32 {crc32s[0]} on {self.world} rank(s); the run is in {self.out}/")
+        say(f"weights crc32 {crc32:08x} on {self.world} rank(s); the run is in {self.out}/")
 
     def sample(self):
         """causal: 400 new bytes. mlm: the first validation window, its hidden bytes filled in."""
@@ -261,7 +249,8 @@ class Trainer:
 def plot(log, path):
     from matplotlib.figure import Figure
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o-")):
         points = [(record["step"], record[key]) for record in records if key in record]
         axes.plot(*zip(*points), style, label=label, markersize=4)
@@ -302,8 +291,8 @@ def parse(argv):
     add("--warmup", type=int, default=0, help="steps until the peak")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--seed", type=int, default=0)
-    add("--device", choices=("cpu", "cuda", "mps"),
-        default="cuda" if torch.cuda.is_available() else "cpu")
+    cuda = torch.cuda.is_available()
+    add("--device", choices=("cpu", "cuda", "mps"), default="cuda" if cuda else "cpu")
     add("--nproc", type=int, default=1, help="processes to start on this machine")
     add("--out", default="out", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -311,46 +300,48 @@ def parse(argv):
     add("--eval-every", type=int, default=100, help="steps between validations")
     add("--log-every", type=int, default=20, help="steps between log lines")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: torch finds no CUDA here; use --device cpu")
     if args.resume:                                     # the run's own settings are the defaults
         if not resume.saved(args.out):
-            fail(f"--resume: no checkpoint in {args.out}; start without --resume")
-        try:
-            parser.set_defaults(**resume.settings_of(resume.saved(args.out)[-1]))
-        except ValueError as problem:
-            fail(str(problem))
+            raise ValueError(f"--resume: no checkpoint in {args.out}; start without --resume")
+        parser.set_defaults(**resume.settings_of(resume.saved(args.out)[-1]))
         args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "microbatches", "nproc",
                  "save_every", "eval_every", "log_every"):
         if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
     return args
 
 
-def main(argv):
-    args = parse(argv)
-    joined = dist.is_torchelastic_launched()
-    if args.nproc > 1 and not joined:                   # what typing torchrun would do
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)   # the ranks report
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.nproc)))
-        here = LaunchConfig(run_id="train", min_nodes=1, max_nodes=1, nproc_per_node=args.nproc,
-                            rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
-        try:
-            elastic_launch(here, sys.executable)(__file__, *argv)
-        except ChildFailedError as failed:
-            sys.exit(max(1, *(failure.exitcode for failure in failed.failures.values())))
-        return
-    if joined:
-        dist.init_process_group()                       # gloo, and nccl where there is CUDA
-    else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def start_ranks(args, argv):
+    """What typing torchrun would do: this program again, in args.nproc processes."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)       # the ranks report
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.nproc)))
+    here = LaunchConfig(run_id="train", min_nodes=1, max_nodes=1, nproc_per_node=args.nproc,
+                        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     try:
+        elastic_launch(here, sys.executable)(__file__, *argv)
+    except ChildFailedError as failed:
+        sys.exit(max(1, *(failure.exitcode for failure in failed.failures.values())))
+
+
+def main(argv):
+    try:
+        args = parse(argv)
+        if dist.is_torchelastic_launched():
+            dist.init_process_group()                   # gloo, and nccl where there is CUDA
+        elif args.nproc > 1:
+            return start_ranks(args, argv)
+        else:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         trainer = Trainer(args)
-    except ValueError as problem:
-        fail(str(problem))
+    except (ValueError, OSError) as problem:
+        fail(problem)
     trainer.train()
     trainer.finish()
     dist.destroy_process_group()
