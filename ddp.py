@@ -7,8 +7,7 @@ layer, whose gradients travel in a bucket while those of earlier layers are bein
 
     backward   | layer 3 | layer 2 | layer 1 | layer 0 |
     bucket 0             [== all-reduce ==]
-    bucket 1                       [== all-reduce ==]
-    bucket 2                                           [== all-reduce ==]  the wait
+    bucket 1                                           [== all-reduce ==]  the wait
 
 Cost     a rank sends 2 (N-1)/N of the gradient bytes per step (ring), whatever the batch. Weights,
          gradients, optimizer state: nothing saved. Activations shrink with the rank's rows.
@@ -28,7 +27,6 @@ import time
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 
 
@@ -39,10 +37,9 @@ def _rank(rank, fn, n, path, args):
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
-        else:
+        else:                                   # they meet in a file: no port to collide with
             torch.set_num_threads(1)            # n processes share the cores
-            store = dist.FileStore(path, n)     # a file: there is no port to collide with
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
+            dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)
         fn(*args)
         dist.destroy_process_group()
     except Exception:
@@ -57,15 +54,14 @@ def launch(fn, n, *args):
     if dist.is_torchelastic_launched():
         return _rank(None, fn, n, None, args)
     with tempfile.TemporaryDirectory() as folder:           # daemon: Ctrl-C leaves none behind
-        mp.spawn(_rank, (fn, n, os.path.join(folder, "store"), args), nprocs=n, daemon=True)
+        torch.multiprocessing.spawn(_rank, (fn, n, f"{folder}/store", args), n, daemon=True)
 # --- end launch ---
 
 
 class DataParallel(nn.Module):
     """One process, several devices: copy the module, split the batch, run the parts, join.
-    Tensors (B, ...), any B -> the module's output, joined along dim 0 on devices[0]; a loss becomes
-    one entry per part. Gradients of all copies add up in the module's .grad. The plain loop keeps
-    all GPUs busy: a call starts a GPU's work without waiting for it."""
+    Tensors (B, ...), any B -> the output, joined along dim 0 on devices[0]; a loss becomes one
+    entry per part. Gradients add up in module. The loop waits for no GPU, so all are busy."""
 
     def __init__(self, module, devices):
         super().__init__()
@@ -80,69 +76,55 @@ class DataParallel(nn.Module):
         # A copy's weights are w.to(): backward runs through it to w. The module itself is the first
         # replica, so BatchNorm's statistics are updated once; those of the copies are lost.
         weights = [*self.module.parameters(), *self.module.buffers()]
-        replicas = [self.module] + [
-            copy.deepcopy(self.module, {id(w): w.to(device, copy=True) for w in weights})
-            for device in devices[1:]]
-        outputs = [replica(*(x.to(device) for x in part))
-                   for replica, device, part in zip(replicas, devices, parts)]
+        replicas = [self.module] + [copy.deepcopy(
+            self.module, {id(w): w.to(d, copy=True) for w in weights}) for d in devices[1:]]
+        outputs = [r(*(x.to(d) for x in part)) for r, d, part in zip(replicas, devices, parts)]
         return torch.cat([torch.atleast_1d(y).to(devices[0]) for y in outputs])
 
 
 class DDP(nn.Module):
     """One process per rank. A step: loss.backward(); model.sync(); optimizer.step()
-
     sync() makes p.grad the mean over the ranks of `group` (None: all); None counts as 0, and stays
     None if no rank has a gradient. Every rank calls it, also one without data, and between backward
     and sync() uses the group for nothing else: complete buckets are under way. overlap=False sends
-    all in sync(). Freeze parameters before wrapping. ValueError, on all ranks: the models differ.
-    """
+    all in sync(). Freeze weights before wrapping. ValueError on all ranks: the models differ."""
 
     def __init__(self, module, group=None, bucket_mb=25, overlap=True):
         super().__init__()
-        self.module, self.group, self.overlap = module, group, overlap
-        self.world_size = dist.get_world_size(group)
-        self.buckets = []                       # lists of parameters, in the order they are sent
-        self._ready = set()                     # parameters whose gradient came, until sync()
+        self.module, self.group, self.world_size = module, group, dist.get_world_size(group)
+        self.overlap, self._accumulating = overlap, False
+        self._ready = set()                     # parameters with a complete gradient, until sync()
         self._sent = []                         # (buffer, work) of the first buckets, until sync()
-        self._accumulating = False
         if not bucket_mb > 0 or self.world_size < 1:
             raise ValueError(f"bucket_mb={bucket_mb} must be above 0, and this rank in the group")
-        if self.world_size > 1:                 # alone: no hooks, no copies, nothing to average
-            self._require_same_model()
-            self.broadcast([*module.parameters(), *module.buffers()])
-            self._fill_buckets(bucket_mb)
-        for p in sum(self.buckets, []):
-            p.register_post_accumulate_grad_hook(self._on_gradient)
-
-    def _require_same_model(self):              # all ranks raise or none: none is left waiting
-        mine = [f"{name} {tuple(t.shape)} {t.dtype} requires_grad={t.requires_grad}" for name, t in
-                [*self.module.named_parameters(), *self.module.named_buffers()]] + ["no more"]
+        tensors = dict([*module.named_parameters(), *module.named_buffers()])
+        mine = [f"{bucket_mb=}"]
+        mine += [f"{k} {tuple(t.shape)} {t.dtype} {t.requires_grad=}" for k, t in tensors.items()]
         lists = [None] * self.world_size
-        dist.all_gather_object(lists, mine, group=self.group)
-        for rank, theirs in enumerate(lists):
-            for a, b in zip(lists[0], theirs):
-                if a != b:
-                    raise ValueError(f"rank 0 has {a}, rank {rank} has {b}; build the same model")
+        dist.all_gather_object(lists, mine, group=group)
+        for rank, theirs in enumerate(lists):   # all ranks raise or none: none is left waiting
+            if theirs != lists[0]:
+                both = sorted(set(theirs) ^ set(lists[0]))[:2] or "their order"
+                raise ValueError(f"ranks 0 and {rank} differ in {both}; build the same model")
+        self.broadcast(tensors.values())
+        # Reversed: about backward's order. Four buckets in a small model: one alone would leave last.
+        params = [p for p in reversed(list(module.parameters())) if p.requires_grad]
+        params = params if self.world_size > 1 else []      # alone: no buckets, hooks or copies
+        limit = min(bucket_mb * 2**20, max(2**20, sum(p.nbytes for p in params) / 4))
+        position, buckets = 0, {}
+        for p in params:
+            buckets.setdefault((position // limit, p.dtype, p.device), []).append(p)
+            position += p.nbytes
+            p.register_post_accumulate_grad_hook(self._on_gradient)
+        self.buckets = list(buckets.values())
 
     @torch.no_grad()
     def broadcast(self, tensors):
-        """All ranks take the first rank's values: do it to .buffers() before you evaluate or save
-        (BatchNorm's statistics; torch's DDP does it in every forward)."""
+        """All ranks take the first rank's values; for BatchNorm: of .buffers(), before eval()."""
         for t in tensors:
             data = t.contiguous()               # a collective needs dense memory
             dist.broadcast(data, group=self.group, group_src=0)
             t.copy_(data)
-
-    def _fill_buckets(self, bucket_mb):
-        """Reverse order is about the order of backward. A bucket is full at bucket_mb; the first at
-        1 MB, to leave early; in a small model at a quarter of it: one bucket could not overlap."""
-        params = [p for p in reversed(list(self.module.parameters())) if p.requires_grad]
-        limit = min(bucket_mb * 2**20, max(2**20, sum(p.nbytes for p in params) / 4))
-        position, buckets = limit - min(limit, 2**20), {}
-        for p in params:                        # tied parameters come once
-            buckets.setdefault((position // limit, p.dtype, p.device), []).append(p)
-            position += p.nbytes
-        self.buckets = list(buckets.values())
 
     def forward(self, *args, **kwargs):
         if self._ready:                         # else the ranks would drift apart silently
@@ -177,17 +159,16 @@ class DDP(nn.Module):
         # cat copies: autograd may give two parameters the same tensor, or one expanded from one
         # element. Summed in place, the first would be wrong and the second corrupt memory.
         flat = torch.cat([t.reshape(-1) for t in grads + used])
+        flat.div_(self.world_size)              # once; before the sum, which fp16 might not hold
         self._sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
     @torch.no_grad()
     def sync(self):
-        """Wait for the averages. p.grad becomes a view of its bucket's buffer, which is new in
-        every step: a gradient kept from an earlier step is not overwritten."""
+        """Wait for the averages: p.grad becomes a view of this step's own buffer."""
         while len(self._sent) < len(self.buckets):
             self._send_next()
         for bucket, (flat, work) in zip(self.buckets, self._sent):
             work.wait()
-            flat.div_(self.world_size)          # sum -> mean: the only division
             *grads, used = flat.split([p.numel() for p in bucket] + [len(bucket)])
             for p, grad, flag in zip(bucket, grads, used):
                 if p.grad is not None or flag != 0:         # 0: no rank used p
@@ -237,49 +218,83 @@ def demo():
         global_mean(model(mine[1:]).square().sum(), len(mine)).backward()
         model.sync()
         sgd.step()
-    want, dp, ddp = (nn.utils.parameters_to_vector(m.parameters()).detach()
-                     for m in (whole, copies, model))
-    for name, got in ("DataParallel on 3 devices", dp), ("DDP, unequal rows, accumulating", ddp):
-        error = (got - want).abs().max().item()
+    for name, m in ("DataParallel on 3 devices", copies), ("DDP, unequal rows, no_sync", model):
+        error = max((p - q).abs().max().item() for p, q in zip(m.parameters(), whole.parameters()))
         check(error <= 1e-12, f"{name}: 3 SGD steps = one process", f"{error:.1e} (<= 1e-12)")
-    first = ddp.clone()
-    model.broadcast([first])
-    check(torch.equal(ddp, first), "ranks with different seeds end bit-equal", f"{len(ddp)} numbers")
-    check(model.module.unused.grad is None, "a parameter that no rank used keeps .grad None", "None")
+    here = nn.utils.parameters_to_vector(model.parameters()).detach()
+    model.broadcast([first := here.clone()])
+    check(torch.equal(here, first), "seeds differ, weights end bit-equal", f"{len(here)} weights")
+    check(model.module.unused.grad is None, "a parameter no rank used keeps .grad None", "None")
     bench(rounds=8)
 
 
 def bench(rounds):
-    """Median ms of a step on one model, the ways in turn; then one step profiled and drawn."""
+    """Median ms of a step on one model, the ways in turn; then the figure of one backward."""
     cuda = torch.cuda.is_available() and dist.is_torchelastic_launched()
     device, C, depth = ("cuda", 1024, 12) if cuda else ("cpu", 256, 4)
-    block = nn.TransformerEncoderLayer(C, 4, 4 * C, dropout=0.0, batch_first=True, device=device)
-    model = lambda: nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
-    x, wait = torch.randn(4, 16, C, device=device), torch.cuda.synchronize if cuda else int
-    each = lambda m: [dist.all_reduce(p.grad) for p in m.parameters()]
-    ways = {"torch DDP": (nn.parallel.DistributedDataParallel(model()), None),
+    model = lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(C, 4, 4 * C, dropout=0.0, batch_first=True), depth).to(device)
+    nothing, each = lambda m: None, lambda m: [dist.all_reduce(p.grad) for p in m.parameters()]
+    ways = {"torch DDP": (nn.parallel.DistributedDataParallel(model()), nothing),
             "this DDP": (DDP(model()), DDP.sync),
             "this DDP, overlap=False": (DDP(model(), overlap=False), DDP.sync),
             "a blocking all-reduce per gradient": (model(), each),
-            "no averaging": (model(), None)}
-    times = {way: [] for way in ways}
-    for way, (m, finish) in list(ways.items()) * rounds:
+            "no averaging": (model(), nothing)}
+    x, times = torch.randn(4, 16, C, device=device), {way: [] for way in ways}
+    for way, (m, average) in list(ways.items()) * rounds:
         m.zero_grad()
         dist.barrier()
         start = time.perf_counter()
         m(x).square().mean().backward()
-        if finish:
-            finish(m)
-        wait()
+        average(m)
+        dist.barrier()                          # on CUDA it also waits for the GPU
         times[way].append((time.perf_counter() - start) * 1e3)
     for way in ways if dist.get_rank() == 0 else []:
         ms, base = (torch.tensor(times[k][3:]).median() for k in (way, "torch DDP"))
         print(f"{way:<36} {ms:8.1f} ms   {ms / base:.2f} x torch DDP")
+    if not cuda:                                # there, completion cannot be seen from the host
+        draw(ways["this DDP"][0], x)
+
+
+def draw(model, x):
+    """When, in one backward on rank 0, each gradient is complete and each bucket travels."""
+    loss, begin = model(x).square().mean(), time.perf_counter()
+    clock = lambda _: 1e3 * (time.perf_counter() - begin)
+    times, trips = [0.0], []
+
+    def note(p):                                # called after DDP's own hook for p
+        times.append(clock(p))
+        if len(model._sent) > len(trips):
+            trips.append((times[-1], model._sent[-1][1].get_future().then(clock)))
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(note)
+    loss.backward()
+    sent = sum(buffer.nbytes for buffer, _ in model._sent)
+    model.sync()
+    check(sent == sum(p.nbytes + 4 for bucket in model.buckets for p in bucket),
+          f"{len(times) - 1} gradients travel in {len(trips)} all-reduces", f"{sent} bytes")
+    if dist.get_rank() > 0 or not trips:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("skipped: figure (pip install matplotlib)")
+    ax = Figure(figsize=(8, 3), layout="constrained").subplots()
+    ax.broken_barh([(a, b - a) for a, b in zip(times, times[1:])], (-0.4, 0.8), edgecolor="white")
+    for i, (start, end) in enumerate(trips):
+        ax.broken_barh([(start, end.wait() - start)], (i + 0.6, 0.8), color="C1")
+    rows = ["backward"] + [f"bucket {i}" for i in range(len(trips))]
+    ax.set(xlabel="ms since backward began", title="Buckets travel while backward goes on",
+           yticks=range(len(rows)), yticklabels=rows, ylim=(len(trips) + 0.6, -0.6))
+    folder = pathlib.Path(__file__).parent / "figures"
+    folder.mkdir(exist_ok=True)
+    ax.figure.savefig(folder / "ddp.png", dpi=100)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="data parallelism: demo, or step times in ms")
     parser.add_argument("--nproc", type=int, default=2, help="processes to start (default 2)")
     parser.add_argument("--bench", action="store_true", help="only step times, 40 rounds")
-    options = parser.parse_args()
-    launch(*((bench, options.nproc, 40) if options.bench else (demo, options.nproc)))
+    args = parser.parse_args()
+    launch(*((bench, args.nproc, 40) if args.bench else (demo, args.nproc)))

@@ -121,7 +121,7 @@ class Attention(nn.Module):
     def forward(self, x, memory=None, rope=None, bias=None, past=None):
         """x (B, T, C), memory (B, S, C) or None -> (B, T, C).
 
-        rope: (cos, sin, positions) or None. bias: (H, T, all T) to add to the scores, or None.
+        rope: (cos, sin) of these T tokens or None. bias: (H, T, all T) for the scores, or None.
         past: dict that holds the keys and values of earlier tokens (decoding), or None."""
         source = x if memory is None else memory
         q = self.q_norm(self._heads(self.q(x)))             # (B, H, T, D)
@@ -261,8 +261,7 @@ class GPT(nn.Module):
         elif config.position == "sinusoidal":
             x = x + self.table("wave", device)[start:end].to(x.dtype)
         elif config.position == "rope":
-            positions = torch.arange(start, end, device=device)
-            rope = self.table("cos", device), self.table("sin", device), positions
+            rope = self.table("cos", device)[start:end], self.table("sin", device)[start:end]
         elif config.position == "alibi":
             bias = self.table("bias", device)[:, start:end, :end]
         x = self.dropout(x)

@@ -107,10 +107,10 @@ def apply_rope(x, cos, sin, positions=None, interleaved=False):        # (B, H, 
                              f"{len(cos)} rows; make a longer table, or clamp the padding to 0")
         cos, sin = (t[positions.long()].unsqueeze(-3) for t in (cos, sin))   # ((B,) 1, T, D/2)
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)
-    pair = (a * cos - b * sin, b * cos + a * sin)
-    y = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return y.to(x.dtype)
+    axis, layout = (-1, (-1, 2)) if interleaved else (-2, (2, -1))     # where the two of a pair are
+    partner = wide.unflatten(-1, layout).roll(1, axis).flatten(-2)
+    cos, sin = (torch.stack(t, axis).flatten(-2) for t in ((cos, cos), (-sin, sin)))
+    return (wide * cos + partner * sin).to(x.dtype)
 
 
 def to_interleaved(w, num_heads):                                      # (H D, ...) -> same

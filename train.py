@@ -54,8 +54,9 @@ def build_optimizers(model, args):
     betas, lr = (0.9, 0.95), args.lr or (0.02 if args.optimizer == "muon" else 0.002)
     if args.optimizer == "adamw":
         groups = dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)
-        return [(torch.optim.AdamW(groups, lr, betas), lr)], f"AdamW (lr {lr:g}) for all tensors"
-    adamw = torch.optim.AdamW(others, lr / 5, betas, weight_decay=0.0)
+        adamw = torch.optim.AdamW(groups, lr, betas, fused=True)
+        return [(adamw, lr)], f"AdamW (lr {lr:g}) for all tensors"
+    adamw = torch.optim.AdamW(others, lr / 5, betas, weight_decay=0.0, fused=True)
     return [(Muon(matrices, lr), lr), (adamw, lr / 5)], (
         f"Muon (lr {lr:g}) for the {len(matrices)} matrices of the blocks, whole on every rank; "
         f"AdamW (lr {lr / 5:g}) for the other {len(others)} tensors")
@@ -71,8 +72,8 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         parts = self.world * args.microbatches
         if args.batch_size % parts:
-            raise ValueError(f"--batch-size {args.batch_size} does not split into {parts} = ranks x "
-                             f"microbatches: pick a multiple of {parts}")
+            raise ValueError(f"--batch-size {args.batch_size} does not split into {parts} parts, "
+                             f"ranks x microbatches: pick a multiple of {parts}")
         self.log = self.out / "metrics.jsonl"
         taken = self.out.is_file() or self.out.is_dir() and any(self.out.iterdir())
         if taken and not self.log.exists():
