@@ -49,7 +49,7 @@ def _rank(rank, fn, n, path, args):
 
 
 def launch(fn, n, *args):
-    """Run fn(*args) in n new gloo processes, or in those torchrun made (n is then torchrun's).
+    """Run fn(*args) in n new gloo processes, or, once a job, in those torchrun made (its n counts).
     A rank that fails prints its traceback; the others are stopped, and this raises."""
     if dist.is_torchelastic_launched():
         return _rank(None, fn, n, None, args)
@@ -59,9 +59,9 @@ def launch(fn, n, *args):
 
 
 class DataParallel(nn.Module):
-    """One process, several devices: copy the module, split the batch, run the parts, join.
-    Tensors (B, ...), any B -> the output, joined along dim 0 on devices[0]; a loss becomes one
-    entry per part. Gradients add up in module. The loop waits for no GPU, so all are busy."""
+    """One process, several devices: copy the module, split inputs (B, ...) of any B, run the parts,
+    join the outputs on devices[0] along dim 0 (losses: one entry per part). Gradients add up in
+    module. CUDA calls return before the work is done, so a plain loop lets all GPUs compute."""
 
     def __init__(self, module, devices):
         super().__init__()
@@ -86,8 +86,8 @@ class DDP(nn.Module):
     """One process per rank. A step: loss.backward(); model.sync(); optimizer.step()
     sync() makes p.grad the mean over the ranks of `group` (None: all); None counts as 0, and stays
     None if no rank has a gradient. Every rank calls it, also one without data, and between backward
-    and sync() uses the group for nothing else: complete buckets are under way. overlap=False sends
-    all in sync(). Freeze weights before wrapping. ValueError on all ranks: the models differ."""
+    and sync() uses the group for nothing else: full buckets are under way (overlap=False: sent in
+    sync()). Freeze before wrapping, save .module. ValueError on all ranks: the models differ."""
 
     def __init__(self, module, group=None, bucket_mb=25, overlap=True):
         super().__init__()
@@ -107,7 +107,7 @@ class DDP(nn.Module):
                 both = sorted(set(theirs) ^ set(lists[0]))[:2] or "their order"
                 raise ValueError(f"ranks 0 and {rank} differ in {both}; build the same model")
         self.broadcast(tensors.values())
-        # Reversed: about backward's order. Four buckets in a small model: one alone would leave last.
+        # Reversed: about backward's order. Four buckets in a small model: one would leave last.
         params = [p for p in reversed(list(module.parameters())) if p.requires_grad]
         params = params if self.world_size > 1 else []      # alone: no buckets, hooks or copies
         limit = min(bucket_mb * 2**20, max(2**20, sum(p.nbytes for p in params) / 4))
@@ -156,8 +156,8 @@ class DDP(nn.Module):
         bucket = self.buckets[len(self._sent)]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         used = [p.new_full((1,), p.grad is not None) for p in bucket]
-        # cat copies: autograd may give two parameters the same tensor, or one expanded from one
-        # element. Summed in place, the first would be wrong and the second corrupt memory.
+        # Sums are formed in a copy. p.grad is p's own, but the tensor a p.register_hook gets may be
+        # another parameter's too, or expanded from one element: never all-reduce that in place.
         flat = torch.cat([t.reshape(-1) for t in grads + used])
         flat.div_(self.world_size)              # once; before the sum, which fp16 might not hold
         self._sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
@@ -258,22 +258,22 @@ def bench(rounds):
 
 def draw(model, x):
     """When, in one backward on rank 0, each gradient is complete and each bucket travels."""
-    loss, begin = model(x).square().mean(), time.perf_counter()
+    loss, begin, times, trips = model(x).square().mean(), time.perf_counter(), [0.0], []
     clock = lambda _: 1e3 * (time.perf_counter() - begin)
-    times, trips = [0.0], []
 
-    def note(p):                                # called after DDP's own hook for p
-        times.append(clock(p))
-        if len(model._sent) > len(trips):
-            trips.append((times[-1], model._sent[-1][1].get_future().then(clock)))
+    def send():
+        start = clock(model)
+        DDP._send_next(model)
+        trips.append((start, model._sent[-1][1].get_future().then(clock)))
 
+    model._send_next = send
     for p in model.parameters():
-        p.register_post_accumulate_grad_hook(note)
+        p.register_post_accumulate_grad_hook(lambda p: times.append(clock(p)))
     loss.backward()
     sent = sum(buffer.nbytes for buffer, _ in model._sent)
     model.sync()
     check(sent == sum(p.nbytes + 4 for bucket in model.buckets for p in bucket),
-          f"{len(times) - 1} gradients travel in {len(trips)} all-reduces", f"{sent} bytes")
+          f"{len(times) - 1} gradients, a flag each, in {len(trips)} all-reduces", f"{sent} bytes")
     if dist.get_rank() > 0 or not trips:
         return
     try:
@@ -284,9 +284,9 @@ def draw(model, x):
     ax.broken_barh([(a, b - a) for a, b in zip(times, times[1:])], (-0.4, 0.8), edgecolor="white")
     for i, (start, end) in enumerate(trips):
         ax.broken_barh([(start, end.wait() - start)], (i + 0.6, 0.8), color="C1")
-    rows = ["backward"] + [f"bucket {i}" for i in range(len(trips))]
-    ax.set(xlabel="ms since backward began", title="Buckets travel while backward goes on",
-           yticks=range(len(rows)), yticklabels=rows, ylim=(len(trips) + 0.6, -0.6))
+    ax.set_yticks(range(len(trips) + 1), ["backward", *(f"bucket {i}" for i in range(len(trips)))])
+    ax.set(xlabel="ms since backward began; white: one more gradient is complete",
+           title="Buckets travel while backward goes on", ylim=(len(trips) + 0.6, -0.6))
     folder = pathlib.Path(__file__).parent / "figures"
     folder.mkdir(exist_ok=True)
     ax.figure.savefig(folder / "ddp.png", dpi=100)

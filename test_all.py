@@ -1,0 +1,2481 @@
+"""Every claim of every file, checked on the CPU. Run: pytest test_all.py
+
+One block per file, in the README's order; the name of a test is the claim it checks. A check takes
+the module it judges as an argument, so that it also runs on a mutant (the file with its key line
+broken) and must fail there: a check that cannot fail proves nothing.
+"""
+
+import ast
+import copy
+import importlib.util
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import ddp
+import flash_attn
+import model as model_module
+import muon
+import resume
+import rope
+import train
+from model import GPT, Config
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+# ------------------------------------------------------------------ tools of the tests
+
+def mutant(name, line, broken):
+    """The file `name`.py as a module of its own, in which `broken` stands in place of `line`."""
+    source = (HERE / f"{name}.py").read_text()
+    assert source.count(line) == 1, f"{name}.py holds {line!r} {source.count(line)} times, not once"
+    folder = tempfile.mkdtemp()
+    path = pathlib.Path(folder, f"{name}_mutant.py")
+    path.write_text(source.replace(line, broken))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_caught(check, module, *args):
+    """The check must fail on the mutant: with an AssertionError, not with a crash."""
+    with pytest.raises(AssertionError):
+        check(module, *args)
+
+
+def close(got, want, limit, what=""):
+    """max|got - want| <= limit; NaN fails."""
+    error = (got.double() - want.double()).abs().max().item()
+    assert error <= limit, f"{what}: max error {error:.1e} > {limit:.0e}"
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def _rank_loop(rank, pipe):
+    """A process of the pool. For each task: join a fresh gloo group, run, report, leave it."""
+    torch.set_num_threads(1)
+    while True:
+        fn, args, world_size, path = pipe.recv()
+        try:
+            store = dist.FileStore(path, world_size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            reply = ("ok", fn(*args))
+        except BaseException:
+            reply = ("error", f"rank {rank}: {traceback.format_exc()}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        pipe.send(reply)
+
+
+class Ranks:
+    """A pool of processes for the whole session: torch is imported once per rank, not per test."""
+
+    def __init__(self):
+        self.workers = []                        # (process, pipe) of rank 0, 1, ...
+
+    def run(self, fn, world_size, *args, timeout=120):
+        """fn(*args) on `world_size` ranks of a new gloo group -> [result of rank 0, ...].
+        fn is a module-level function. A rank that fails, or hangs for `timeout` s, fails the test.
+        """
+        context = multiprocessing.get_context("spawn")
+        while len(self.workers) < world_size:
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_rank_loop, args=(len(self.workers), there), daemon=True
+            )
+            process.start()
+            self.workers.append((process, here))
+        pipes = [pipe for _, pipe in self.workers[:world_size]]
+        with tempfile.TemporaryDirectory() as folder:
+            for pipe in pipes:
+                pipe.send((fn, args, world_size, os.path.join(folder, "store")))
+            results, errors = {}, []
+            while len(results) < world_size:
+                waiting = [p for p in pipes if p not in results]
+                ready = multiprocessing.connection.wait(waiting, 5 if errors else timeout)
+                if not ready:  # the rest hangs: in a collective that a failed rank never joins
+                    errors = errors or [f"no answer from {len(waiting)} ranks in {timeout} s"]
+                    self.close()
+                    break
+                for pipe in ready:
+                    try:
+                        status, results[pipe] = pipe.recv()
+                    except EOFError:
+                        status, results[pipe] = "error", "a rank died without a word"
+                    if status == "error":
+                        errors.append(results[pipe])
+            if any("without a word" in e for e in errors):
+                self.close()
+        assert not errors, "\n".join(errors)
+        return [results[pipe] for pipe in pipes]
+
+    def close(self):
+        for process, _ in self.workers:
+            process.kill()
+        self.workers = []
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+# ------------------------------------------------------------------ rope.py
+
+def rope_exact_table(rows, D, base=10000.0):
+    """A float64 table from the definition, and its angles: what exact comparisons need."""
+    angle = torch.outer(torch.arange(rows).double(), base ** (-torch.arange(0, D, 2).double() / D))
+    return angle.cos(), angle.sin(), angle
+
+
+def rope_complex(x, angle):
+    """Interleaved x rotated as complex numbers; angle (T, D/2)."""
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.exp(1j * angle)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def check_rope_is_a_relative_rotation(rope):
+    B, H, T, D = 2, 3, 37, 16
+    q, k = torch.randn(2, B, H, T, D, dtype=torch.float64, generator=seeded())
+    cos, sin, angle = rope_exact_table(512, D)
+    for interleaved in (False, True):
+        def turn(x, start):
+            return rope.apply_rope(x, cos, sin, torch.arange(T) + start, interleaved)
+        score = turn(q, 0) @ turn(k, 0).mT
+        for start in (100, 400):
+            close(turn(q, start) @ turn(k, start).mT, score, 1e-11, "scores after a common shift")
+        assert (turn(q, 1) @ turn(k, 0).mT - score).abs().max() > 0.1, "position has no effect"
+        close(turn(q, 7).norm(dim=-1), q.norm(dim=-1), 1e-12, "norm")
+    order = rope.to_interleaved(torch.arange(D), 1)
+    want = rope_complex(q[..., order], angle[:T])
+    close(rope.apply_rope(q[..., order], cos, sin, interleaved=True), want, 1e-12, "interleaved")
+    close(rope.apply_rope(q, cos, sin)[..., order], want, 1e-12, "half-split")
+    close(rope.rope_reference(q[..., order], angle[:T]), want, 1e-12, "the file's own reference")
+
+
+def check_rope_rotates_by_position(rope):
+    """T == H: rotating by head number would raise no error. Also a stride-2, transposed x."""
+    B, H, T, D = 2, 5, 5, 8
+    cos, sin, _ = rope_exact_table(64, D)
+    x = torch.randn(B, T, H, 2 * D, dtype=torch.float64, generator=seeded())
+    x = x[..., ::2].transpose(1, 2)
+    assert not x.is_contiguous()
+    ids = torch.tensor([[0, 1, 2, 3, 4], [9, 0, 0, 41, 7]])
+    default, shared, own = (rope.apply_rope(x, cos, sin, p) for p in (None, ids[1], ids))
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                for got, m in ((default, t), (shared, ids[1, t]), (own, ids[b, t])):
+                    a, c = x[b, h, t].chunk(2)
+                    want = torch.cat((a * cos[m] - c * sin[m], c * cos[m] + a * sin[m]))
+                    close(got[b, h, t], want, 1e-14, f"batch {b} head {h} position {t}")
+    close(rope.apply_rope(x, cos, sin, ids.int()), own, 0, "int32 positions")
+
+
+def check_rope_decodes_and_packs(rope):
+    T, D = 37, 16
+    q, k, v = torch.randn(3, 2, 3, T, D, dtype=torch.float64, generator=seeded(1))
+    cos, sin = (t.double() for t in rope.rope_table(64, D))
+    whole = rope.apply_rope(q, cos, sin), rope.apply_rope(k, cos, sin), v
+    full = F.scaled_dot_product_attention(*whole, is_causal=True)
+    cache = k[:, :, :0]
+    for t in range(T):
+        now = torch.tensor([t])
+        cache = torch.cat((cache, rope.apply_rope(k[:, :, [t]], cos, sin, now)), 2)
+        row = F.scaled_dot_product_attention(rope.apply_rope(q[:, :, [t]], cos, sin, now), cache,
+                                             v[:, :, :t + 1])
+        close(row, full[:, :, [t]], 1e-12, f"decoded token {t}")
+    ids = torch.stack((torch.arange(T) % 20, (torch.arange(T) - 5).clamp(min=0)))
+    got = rope.apply_rope(q, cos, sin, ids)
+    close(got[0, :, 20:], rope.apply_rope(q[:1, :, 20:], cos, sin)[0], 0, "second packed document")
+    close(got[1, :, 5:], rope.apply_rope(q[1:, :, 5:], cos, sin)[0], 0, "left padding")
+
+
+def check_rope_precision(rope):
+    T, D = 300, 16
+    cos, sin = rope.rope_table(T, D)
+    assert cos.dtype == sin.dtype == torch.float32
+    x = 4 * torch.randn(1, 2, T, D, generator=seeded())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        got = rope.apply_rope(x.to(dtype), cos, sin)
+        assert got.dtype == dtype and got.shape == x.shape, f"{dtype} in, {got.dtype} out"
+        wide = torch.promote_types(dtype, torch.float32)
+        want = rope.apply_rope(x.to(dtype).to(wide), cos, sin).to(dtype)
+        assert torch.equal(got, want), f"{dtype}: not rounded once, at the end"
+    exact, _, _ = rope_exact_table(8192, D)
+    close(rope.rope_table(8192, D)[0], exact, 1e-3, "float32 table at 8192 positions")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)            # as some loaders do while building a model
+    try:
+        assert rope.rope_table(T, D)[0].dtype == torch.float32, "follows the default dtype"
+        close(rope.rope_table(T, D)[0], cos, 0, "table under another default dtype")
+    finally:
+        torch.set_default_dtype(before)
+
+
+def check_rope_gradient(rope):
+    cos, sin, _ = rope_exact_table(9, 6)
+    x = torch.randn(2, 2, 5, 6, dtype=torch.float64, generator=seeded(), requires_grad=True)
+    ids = torch.tensor([[0, 1, 2, 3, 4], [0, 0, 8, 1, 2]])
+    for interleaved in (False, True):
+        assert torch.autograd.gradcheck(lambda x: rope.apply_rope(x, cos, sin, ids, interleaved), x)
+
+
+def check_rope_converts_weights(rope):
+    """Scores of the interleaved model with converted weights = scores of the half-split model."""
+    H, D, C, T = 3, 8, 10, 37
+    wq, wk = torch.randn(2, H * D, C, dtype=torch.float64, generator=seeded())
+    h = torch.randn(2, T, C, dtype=torch.float64, generator=seeded(1))
+    cos, sin, _ = rope_exact_table(T, D)
+
+    def scores(wq, wk, interleaved):
+        q, k = ((h @ w.T).view(2, T, H, D).transpose(1, 2) for w in (wq, wk))
+        q, k = (rope.apply_rope(x, cos, sin, interleaved=interleaved) for x in (q, k))
+        return q @ k.mT
+
+    want = scores(wq, wk, False)
+    converted = rope.to_interleaved(wq, H), rope.to_interleaved(wk, H)
+    close(scores(*converted, True), want, 1e-12, "converted")
+    assert (scores(wq, wk, True) - want).abs().max() > 0.1, "unconverted weights should differ"
+    close(rope.to_half_split(rope.to_interleaved(wq, H), H), wq, 0, "there and back")
+    rows = [h * D + i + j for h in range(H) for j in (0, 1) for i in range(0, D, 2)]
+    close(rope.to_half_split(wq, H), wq[rows], 0, "even rows of each head, then odd rows")
+    close(rope.to_interleaved(wq[:, 0], H), rope.to_interleaved(wq, H)[:, 0], 0, "a bias")
+
+
+ROPE_DICTS = {
+    "none": None,
+    "default, own base": {"rope_type": "default", "rope_theta": 500000.0},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 64},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn, betas": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512,
+                    "beta_fast": 16, "beta_slow": 2},
+    "yarn, not truncated": {"rope_type": "yarn", "factor": 4.0, "truncate": False,
+                            "original_max_position_embeddings": 512},
+    "yarn, attention_factor": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5,
+                               "original_max_position_embeddings": 64},
+    "yarn, DeepSeek": {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64,
+                       "mscale": 1.0, "mscale_all_dim": 0.7},
+    "yarn, factor 1": {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64,
+               "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+
+
+def check_rope_tables_equal_hugging_face(rope):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers (oracle)")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    for D in (16, 64):
+        for name, scaling in ROPE_DICTS.items():
+            asked = {"rope_theta": 10000.0, "rope_type": "default", **(scaling or {})}
+            if asked["rope_type"] == "dynamic":            # there the trained length is the model's
+                asked.pop("original_max_position_embeddings")
+            config = transformers.LlamaConfig(hidden_size=4 * D, num_attention_heads=4, head_dim=D,
+                                              max_position_embeddings=64, rope_parameters=asked)
+            for T in (37, 200):
+                table = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(T)[None])
+                for got, want in zip(rope.rope_table(T, D, scaling=scaling), table):
+                    assert got.shape == (T, D // 2)
+                    # Angles near 200 are 1.5e-5 apart in float32: one theta an ulp off shows there.
+                    rounded = T == 200 and name in ("dynamic", "yarn, DeepSeek")
+                    close(got, want[0, :, :D // 2], 1e-5 if rounded else 1e-6, f"{name} T={T}")
+
+
+def check_rope_long_tables_equal_hugging_face(rope):
+    """The settings of Llama 3 and 3.1: nothing may drift with the position."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers (oracle)")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    plain = {"rope_type": "default", "rope_theta": 500000.0}
+    scaled = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    T = 20000
+    for asked in (plain, scaled):
+        config = transformers.LlamaConfig(hidden_size=256, num_attention_heads=2, head_dim=128,
+                                          max_position_embeddings=131072,
+                                          rope_parameters=dict(asked))
+        want, _ = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(T)[None])
+        got, _ = rope.rope_table(T, 128, scaling=asked)
+        close(got, want[0, :, :64], 1e-6, asked["rope_type"])
+    got, _ = rope.rope_table(T, 128, base=500000.0)
+    close(got, rope.rope_table(T, 128, scaling=plain)[0], 0, "rope_theta in the dict = base")
+
+
+def check_rope_apply_equals_hugging_face(rope):
+    pytest.importorskip("transformers", reason="pip install transformers (oracle)")
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+    B, H, T, D = 2, 3, 37, 16
+    q, k = torch.randn(2, B, H, T, D, generator=seeded())
+    cos, sin = rope.rope_table(200, D)
+    ids = torch.stack((torch.arange(T), torch.arange(T) + 100))
+    wide = [torch.cat((t, t), -1)[ids] for t in (cos, sin)]
+    for got, want in zip((q, k), apply_rotary_pos_emb(q, k, *wide)):
+        close(rope.apply_rope(got, cos, sin, ids), want, 1e-6)
+
+
+def check_sinusoidal_table(rope):
+    T, C = 37, 10
+    table = rope.sinusoidal_table(T, C)
+    assert table.shape == (T, C) and table.dtype == torch.float32
+    for m in (0, 1, 36):
+        for i in range(C // 2):
+            angle = m / 10000 ** (2 * i / C)
+            assert abs(table[m, 2 * i] - math.sin(angle)) < 1e-6, f"sin at ({m}, {2 * i})"
+            assert abs(table[m, 2 * i + 1] - math.cos(angle)) < 1e-6, f"cos at ({m}, {2 * i + 1})"
+    cos, sin, _ = rope_exact_table(T, C)
+    pe = table.double()[None, None]
+    moved = rope.apply_rope(pe[:, :, :30], cos, -sin, torch.full((30,), 7), interleaved=True)
+    close(moved, pe[:, :, 7:], 1e-6, "PE(m + 7) as a rotation of PE(m)")
+
+
+def check_alibi_bias(rope):
+    assert rope.alibi_bias(8, 37).shape == (8, 37, 37)
+    slopes = {8: [2.0 ** -h for h in range(1, 9)], 1: [2.0 ** -8],
+              6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8],
+              12: [2.0 ** -h for h in range(1, 9)] + [2.0 ** -h for h in (0.5, 1.5, 2.5, 3.5)]}
+    for H, want in slopes.items():
+        bias = rope.alibi_bias(H, 37)
+        for i, j in ((0, 0), (5, 4), (36, 0), (36, 30)):
+            close(bias[:, i, j], -torch.tensor(want) * (i - j), 1e-6, f"H={H}, query {i}, key {j}")
+    q, k, v = torch.randn(3, 2, 8, 37, 16, generator=seeded())
+    mask = rope.alibi_bias(8, 37) + torch.full((37, 37), -math.inf).triu(1)
+    weight = (q @ k.mT / 4 + mask).softmax(-1)
+    got = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    close(got, weight @ v, 1e-5, "as a float mask")
+
+
+def check_linear_attention(rope):
+    B, H, T, D, E = 2, 3, 37, 8, 5
+    q, k = torch.randn(2, B, H, T, D, dtype=torch.float64, generator=seeded())
+    v = torch.randn(B, H, T, E, dtype=torch.float64, generator=seeded(1))
+    cos, sin, angle = rope_exact_table(64, D)
+    f_q, f_k = F.elu(q) + 1, F.elu(k) + 1
+    order = torch.arange(D).view(2, -1).T.flatten()        # to the layout of the complex reference
+    turned = [rope_complex(f[..., order], angle[:T]) for f in (f_q, f_k)]
+    top, bottom = turned[0] @ turned[1].mT, f_q @ f_k.mT
+    want = top.tril() / bottom.tril().sum(-1, keepdim=True) @ v
+    close(rope.linear_attention(q, k, v, cos, sin), want, 1e-12, "causal")
+    want = top / bottom.sum(-1, keepdim=True) @ v
+    close(rope.linear_attention(q, k, v, cos, sin, causal=False), want, 1e-12, "not causal")
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: rope.linear_attention(q[:1, :1], k[:1, :1], v, cos, sin)[0, 0, :, 0], v[:1, :1])
+    mixing = jacobian[:, 0, 0, :, 0]                       # d out_m / d v_n
+    assert (mixing.tril(-1)[-1, :-1].abs() > 1e-8).all(), "earlier tokens do not reach the last one"
+    assert mixing.triu(1).abs().max() == 0, "a later token reaches an earlier one"
+    small = [t.bfloat16() for t in (q, k, v)]
+    got = rope.linear_attention(*small, cos.float(), sin.float())
+    assert got.dtype == torch.bfloat16
+    want = rope.linear_attention(*(t.double() for t in small), cos, sin)
+    close(got, want, 2e-2, "bf16 in and out")
+
+
+def check_rope_refuses_bad_input(rope):
+    table, x = rope.rope_table(10, 8), torch.zeros(2, 3, 5, 8)
+    ok = {"factor": 2.0, "original_max_position_embeddings": 64}
+
+    def scaled(**scaling):
+        return lambda: rope.rope_table(10, 8, scaling=scaling)
+
+    bad = {
+        r"head_dim=7 .* even": lambda: rope.rope_table(10, 7),
+        r"head_dim=0 ": lambda: rope.rope_table(10, 0),
+        r"rope_type 'su'": scaled(rope_type="su", factor=2.0),
+        r"lacks 'rope_type'": scaled(factor=2.0),
+        r"lacks 'factor'": scaled(rope_type="linear"),
+        r"lacks 'factor'.*config": scaled(type="yarn", factor=None),
+        r"lacks 'original_max": scaled(type="dynamic", factor=2.0),
+        r"lacks 'low_freq_factor'": scaled(type="llama3", **ok),
+        r"partial_rotary": scaled(type="default", partial_rotary_factor=0.5),
+        r"\(3, 5, 8\).*\(B, H, T, D\)": lambda: rope.apply_rope(x[0], *table),
+        r"cos \(10, 3\)": lambda: rope.apply_rope(x, *rope.rope_table(10, 6)),
+        r"sin \(9, 4\)": lambda: rope.apply_rope(x, table[0], table[1][:9]),
+        r"bfloat16.*float32": lambda: rope.apply_rope(x, *(t.bfloat16() for t in table)),
+        r"T=5 .* 4; make": lambda: rope.apply_rope(x, *(t[:4] for t in table)),
+        r"positions 6..10 .* 10 rows": lambda: rope.apply_rope(x, *table, torch.arange(6, 11)),
+        r"positions -1..3": lambda: rope.apply_rope(x, *table, torch.arange(-1, 4)),
+        r"float32 \(5,\).*integers": lambda: rope.apply_rope(x, *table, torch.arange(5.0)),
+        r"\(1, 5\).*\(5,\) or \(2, 5\)": lambda: rope.apply_rope(x, *table, torch.arange(5)[None]),
+        r"C=5 ": lambda: rope.sinusoidal_table(10, 5),
+    }
+    for words, call in bad.items():
+        try:
+            call()
+        except ValueError as error:
+            assert re.search(words, str(error)), f"{words!r} not in: {error}"
+        else:
+            raise AssertionError(f"no ValueError: {words}")
+
+
+def test_rope_scores_depend_on_the_distance_only_and_the_three_forms_agree():
+    check_rope_is_a_relative_rotation(rope)
+
+
+def test_rope_rotates_each_batch_row_by_its_own_positions_never_by_head():
+    check_rope_rotates_by_position(rope)
+
+
+def test_rope_decoding_with_a_cache_packing_and_left_padding_equal_the_plain_forward():
+    check_rope_decodes_and_packs(rope)
+
+
+def test_rope_computes_in_float32_and_keeps_the_dtype():
+    check_rope_precision(rope)
+
+
+def test_rope_gradients_pass_gradcheck():
+    check_rope_gradient(rope)
+
+
+def test_rope_weight_conversion_between_the_layouts_keeps_the_scores():
+    check_rope_converts_weights(rope)
+
+
+def test_rope_tables_equal_hugging_face_for_every_scaling():
+    check_rope_tables_equal_hugging_face(rope)
+
+
+def test_rope_tables_of_llama_3_equal_hugging_face_at_20000_positions():
+    check_rope_long_tables_equal_hugging_face(rope)
+
+
+def test_apply_rope_equals_hugging_face_with_positions():
+    check_rope_apply_equals_hugging_face(rope)
+
+
+def test_sinusoidal_table_is_the_formula_of_the_paper():
+    check_sinusoidal_table(rope)
+
+
+def test_alibi_bias_has_the_published_slopes_also_for_6_and_12_heads():
+    check_alibi_bias(rope)
+
+
+def test_linear_attention_with_rope_equals_its_dense_form_and_mixes_tokens():
+    check_linear_attention(rope)
+
+
+def test_rope_refuses_bad_input_with_the_value_and_the_rule():
+    check_rope_refuses_bad_input(rope)
+
+
+ROTATION = "return (wide * cos + partner * sin).to(x.dtype)"
+BACKWARDS = "return (wide * cos - partner * sin).to(x.dtype)"
+
+
+@pytest.mark.parametrize(
+    "check, line, broken",
+    [
+        (check_rope_is_a_relative_rotation, ROTATION, BACKWARDS),
+        (check_rope_is_a_relative_rotation, ROTATION, "return (wide * cos).to(x.dtype)"),
+        (check_rope_is_a_relative_rotation, ROTATION, "return x"),
+        (check_rope_apply_equals_hugging_face, ROTATION, BACKWARDS),
+        (
+            check_rope_is_a_relative_rotation,
+            "(-1, (-1, 2)) if interleaved",
+            "(-2, (2, -1)) if interleaved",
+        ),
+        (check_rope_rotates_by_position, "].unsqueeze(-3) for t in", "].unsqueeze(-2) for t in"),
+        (
+            check_rope_rotates_by_position,
+            "cos, sin = cos[:T], sin[:T]",
+            "cos, sin = cos[:T, None], sin[:T, None]",
+        ),
+        (
+            check_rope_decodes_and_packs,
+            "(t[positions.long()].unsqueeze(-3)",
+            "(t[:T].unsqueeze(-3)",
+        ),
+        (
+            check_rope_precision,
+            "wide = x.to(torch.promote_types(x.dtype, cos.dtype))",
+            "wide, cos, sin = x, cos.to(x.dtype), sin.to(x.dtype)",
+        ),
+        (check_rope_precision, ROTATION, "return wide * cos + partner * sin"),
+        (
+            check_rope_tables_equal_hugging_face,
+            "return angle.cos() * attention",
+            "return angle.cos()",
+        ),
+        (check_rope_tables_equal_hugging_face, "and seq_len > trained", "and False"),
+        (check_rope_tables_equal_hugging_face, "(1 - keep) * theta / factor", "(1 - keep) * theta"),
+        (check_rope_tables_equal_hugging_face, "math.floor(low), math.ceil(high)", "low, high"),
+        (check_rope_converts_weights, "(num_heads, 2, -1)", "(num_heads, -1, 2)"),
+        (check_alibi_bias, "for h in range(1, 2 * (H - n), 2)", "for h in range(1, H - n + 1)"),
+        (check_linear_attention, "f_k.cumsum(2)", "turned_k.cumsum(2)"),
+        (check_linear_attention, "turned_k, v_wide).cumsum(2)", "turned_k, v_wide)"),
+    ],
+)
+def test_the_rope_checks_notice_a_broken_line(check, line, broken):
+    assert_caught(check, mutant("rope", line, broken))
+
+
+# ------------------------------------------------------------------ flash_attn.py
+
+FLASH_SHAPES = [  # H, N, Tq, Tk: square, ragged, grouped, cached, more queries, decoding
+    (2, 2, 32, 32),
+    (2, 2, 37, 37),
+    (6, 2, 37, 37),
+    (4, 1, 33, 33),
+    (6, 3, 13, 50),
+    (2, 2, 20, 7),
+    (4, 2, 37, 13),
+    (4, 2, 1, 37),
+    (4, 2, 37, 1),
+    (2, 1, 1, 1),
+]
+
+
+def flash_inputs(H, N, Tq, Tk, D=8, B=2, dtype=torch.float64, seed=0):
+    g = seeded(seed)
+    return [torch.randn(B, h, t, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+            for h, t in ((H, Tq), (N, Tk), (N, Tk))]
+
+
+def flash_plain(q, k, v, causal, scale=None):
+    """One query at a time: query t of head h sees the first t + 1 + Tk - Tq keys of h // group."""
+    (B, H, Tq, D), Tk = q.shape, k.shape[2]
+    rows = []
+    for h in range(H):
+        k_h, v_h = k[:, h // (H // k.shape[1])], v[:, h // (H // k.shape[1])]
+        for t in range(Tq):
+            seen = max(0, t + 1 + Tk - Tq) if causal else Tk
+            s = torch.einsum("bd,bjd->bj", q[:, h, t], k_h[:, :seen]) * (scale or D ** -0.5)
+            rows.append(torch.einsum("bj,bjd->bd", s.softmax(-1), v_h[:, :seen]))
+    return torch.stack(rows, 1).view(B, H, Tq, D)
+
+
+def flash_lse(o):
+    """The lse that the tiles saved for the backward."""
+    return o.grad_fn.saved_tensors[4].squeeze(-1)
+
+
+def check_flash_equals_dense(flash_attn, backends=("torch", "sdpa"), shapes=FLASH_SHAPES):
+    for H, N, Tq, Tk in shapes:
+        for causal in (True, False):
+            for scale in (None, 0.3) if Tq == 37 else (None,):
+                qkv = flash_inputs(H, N, Tq, Tk)
+                do = torch.randn(qkv[0].shape, generator=seeded(1), dtype=torch.float64)
+                want = flash_plain(*qkv, causal, scale)
+                want = want, *torch.autograd.grad(want, qkv, do)
+                runs = {"reference": lambda: flash_attn.attention_reference(*qkv, causal, scale)}
+                if "sdpa" in backends:
+                    runs["sdpa"] = lambda: flash_attn.flash_attention(
+                        *qkv, causal, scale, backend="sdpa"
+                    )
+                    runs["None"] = lambda: flash_attn.flash_attention(*qkv, causal, scale)
+                if "torch" in backends:
+                    for block in (1, 16, 64):
+                        runs[f"tiles {block}"] = lambda block=block: flash_attn.flash_attention(
+                            *qkv, causal, scale, backend="torch", block=block)
+                for name, run in runs.items():
+                    o = run()
+                    for got, w, what in zip(
+                        (o, *torch.autograd.grad(o, qkv, do)), want, ("o", "dq", "dk", "dv")
+                    ):
+                        close(
+                            got,
+                            w,
+                            1e-12,
+                            f"{what}, {name}, {H=} {N=} {Tq=} {Tk=} {causal=} {scale=}",
+                        )
+                        assert got.dtype == torch.float64 and got.shape == w.shape
+
+
+def test_flash_tiles_sdpa_and_reference_equal_attention_written_query_by_query():
+    check_flash_equals_dense(flash_attn)
+
+
+def test_the_flash_check_notices_a_missing_rescale():
+    assert_caught(
+        check_flash_equals_dense,
+        mutant(
+            "flash_attn",
+            "(m_a - finite).exp(), (m_b - finite).exp()",
+            "m_a.exp() ** 0, (m_b - finite).exp()",
+        ),
+        ("torch",),
+    )
+
+
+def test_the_flash_check_notices_a_missing_delta():
+    assert_caught(check_flash_equals_dense, mutant(
+        "flash_attn", "(do_i @ v_j.mT - delta_i)", "(do_i @ v_j.mT)"), ("torch",))
+
+
+def test_the_flash_check_notices_top_left_alignment_in_the_tiles():
+    bad = mutant("flash_attn", "shift = Tk - Tq if causal", "shift = 0 if causal")
+    check_flash_equals_dense(bad, ("torch",), [(6, 2, 37, 37)])  # Tq == Tk: no difference
+    assert_caught(check_flash_equals_dense, bad, ("torch",), [(6, 3, 13, 50)])
+    assert_caught(check_flash_equals_dense, bad, ("torch",), [(4, 2, 20, 7)])
+
+
+def test_the_flash_check_notices_top_left_alignment_in_sdpa():
+    assert_caught(
+        check_flash_equals_dense,
+        mutant("flash_attn", "is_causal=causal and Tq >= Tk", "is_causal=causal and mask is None"),
+        ("sdpa",),
+        [(4, 2, 1, 37)],
+    )
+    assert_caught(check_flash_equals_dense, mutant(
+        "flash_attn", ".tril(Tk - Tq)", ".tril()"), ("sdpa",), [(6, 3, 13, 50)])
+
+
+def test_the_flash_check_notices_a_wrong_group_of_heads():
+    assert_caught(
+        check_flash_equals_dense,
+        mutant(
+            "flash_attn",
+            "return x.reshape(len(x), N, -1, x.shape[3])",
+            "return x.unflatten(1, (-1, N)).transpose(1, 2).reshape(len(x), N, -1, x.shape[3])",
+        ),
+        ("torch",),
+        [(6, 2, 13, 13)],
+    )
+
+
+def check_flash_values_of_one_give_one(flash_attn):
+    """Blocks that are added without a common maximum give, for V = 1, the number of blocks."""
+    q, k, _ = flash_inputs(4, 2, 37, 37)
+    ones = torch.ones(2, 2, 37, 8, dtype=torch.float64)
+    for block in (1, 5, 16, 37, 128):
+        for causal in (True, False):
+            o = flash_attn.flash_attention(q, k, ones, causal, backend="torch", block=block)
+            close(o, torch.ones_like(o), 1e-15 * 8, f"V = 1, {block=} {causal=}")
+
+
+def test_flash_gives_one_for_values_of_one_whatever_the_block():
+    check_flash_values_of_one_give_one(flash_attn)
+
+
+def test_the_flash_check_of_values_of_one_notices_an_early_division():
+    assert_caught(check_flash_values_of_one_give_one, mutant(
+        "flash_attn", "return m, p.sum(-1, keepdim=True), p @ v",
+        "return m, p.sum(-1, keepdim=True), (p / p.sum(-1, keepdim=True)) @ v"))
+
+
+def test_flash_attends_over_positions_and_never_across_heads_or_batch():
+    for backend in ("torch", "sdpa"):
+        q, k, v = flash_inputs(4, 2, 9, 9)
+        o = flash_attn.flash_attention(q, k, v, backend=backend, block=4)
+        dk, dv = torch.autograd.grad(o[1, 2, 5].sum(), (k, v))  # batch 1, head 2: key head 1
+        for g in (dk, dv):
+            touched = g.abs().sum(-1) > 0
+            assert touched[1, 1].tolist() == [True] * 6 + [False] * 3, backend
+            assert touched.sum() == 6, backend
+
+
+def test_merge_joins_blocks_in_any_order_and_any_nesting():
+    g = seeded()
+    s = torch.randn(7, 37, generator=g, dtype=torch.float64) * 10
+    v = torch.randn(37, 5, generator=g, dtype=torch.float64)
+    s[2] = -math.inf                                                        # a row without keys
+    s[3, :16] = -math.inf  # a row whose first blocks are hidden
+    parts = [flash_attn.partial(s[:, j:j + 8], v[j:j + 8]) for j in range(0, 37, 8)]
+    want = s.softmax(-1) @ v
+    want[2] = 0
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        a, b, c, d, e = (parts[n] for n in order)
+        merge = flash_attn.merge
+        for m, l, o in (
+            merge(merge(merge(merge(a, b), c), d), e),
+            merge(a, merge(b, merge(c, merge(d, e)))),
+            merge(merge(a, b), merge(merge(c, d), e)),
+        ):
+            close(o / l.clamp(min=1), want, 1e-14, f"{order}")
+            assert (
+                torch.equal(m[:, 0], s.amax(-1))
+                and l[2] == 0
+                and (l[[0, 1, 3, 4, 5, 6]] >= 1).all()
+            )
+
+
+def test_flash_gradcheck_of_the_tiles():
+    qkv = flash_inputs(4, 2, 7, 7, D=3, B=1)
+    assert torch.autograd.gradcheck(
+        lambda *x: flash_attn.flash_attention(*x, backend="torch", block=3), qkv)
+    qkv = flash_inputs(2, 1, 4, 6, D=3, B=1)
+    assert torch.autograd.gradcheck(
+        lambda *x: flash_attn.flash_attention(*x, scale=1.7, backend="torch", block=4), qkv)
+
+
+def test_flash_saves_q_k_v_o_lse_and_nothing_that_grows_with_t_squared():
+    for T in (100, 200):
+        for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+            q, k, v = flash_inputs(6, 2, T, T, D=16, B=1, dtype=dtype)
+            kept = {}
+            with torch.autograd.graph.saved_tensors_hooks(
+                    lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+                o = flash_attn.flash_attention(q, k, v, backend="torch", block=32)
+            nbytes = sum(t.untyped_storage().nbytes() for t in kept.values())
+            assert (
+                nbytes == size * T * 16 * (6 + 2 + 2 + 6) + 4 * T * 6
+            )  # lse is float32 beside bf16
+            assert o.dtype == dtype
+
+
+def test_flash_largest_tensor_is_linear_for_tiles_and_quadratic_for_dense():
+    def largest(attend, T):
+        qkv = flash_inputs(2, 2, T, T, D=32, dtype=torch.float32)
+        with flash_attn.LargestTensor() as mode:
+            attend(*qkv).sum().backward()
+        return mode.nbytes
+
+    def tiles(*qkv):
+        return flash_attn.flash_attention(*qkv, backend="torch", block=32)
+
+    assert [largest(tiles, T) for T in (64, 256)] == [4 * 2 * 2 * T * 32 for T in (64, 256)]
+    assert [largest(flash_attn.attention_reference, T) for T in (64, 256)] == [
+        4 * 2 * 2 * T * T for T in (64, 256)
+    ]
+
+
+def test_flash_needs_the_flops_of_dense_attention_forward_and_7_products_instead_of_6_in_training():
+    qkv = flash_inputs(2, 2, 128, 128, D=16, B=1, dtype=torch.float32)
+    flops = {}
+    for name, options in ((None, {}), ("torch", {"backend": "torch", "block": 32})):
+        attend = flash_attn.flash_attention if name else flash_attn.attention_reference
+        with FlopCounterMode(display=False) as counter:
+            o = attend(*qkv, causal=False, **options)
+            forward = counter.get_total_flops()
+            o.sum().backward()
+        flops[name] = forward, counter.get_total_flops()
+    product = 2 * 2 * 128 * 128 * 16
+    assert flops[None] == (2 * product, 6 * product)
+    assert flops["torch"] == (2 * product, 7 * product)
+
+
+def test_flash_causal_skips_the_tiles_above_the_diagonal():
+    with FlopCounterMode(display=False) as counter:
+        flash_attn.flash_attention(*flash_inputs(2, 2, 128, 128), backend="torch", block=32)
+    full = 2 * 2 * 2 * 2 * 128 * 128 * 8
+    assert counter.get_total_flops() == full * 10 // 16  # 4 + 3 + 2 + 1 of 4 x 4 tiles
+
+
+def test_flash_lse_is_the_logsumexp_of_the_scores():
+    q, k, v = flash_inputs(6, 2, 37, 50)
+    o = flash_attn.flash_attention(q, k, v, scale=0.7, backend="torch", block=16)
+    s = 0.7 * q @ k.repeat_interleave(3, 1).mT
+    hidden = torch.ones(37, 50, dtype=torch.bool).triu(14)
+    close(flash_lse(o), s.masked_fill(hidden, -math.inf).logsumexp(-1), 1e-13, "lse")
+    q, k, v = flash_inputs(2, 2, 20, 20, dtype=torch.bfloat16)
+    assert flash_lse(flash_attn.flash_attention(q, k, v, backend="torch")).dtype == torch.float32
+
+
+def check_flash_bf16_error(flash_attn, dtype=torch.bfloat16, limit=2.5e-3):
+    """Half-precision inputs, wide accumulators: at any length only the results are rounded."""
+    for T in (64, 500):
+        qkv = flash_inputs(4, 2, T, T, D=16, dtype=dtype)
+        do = torch.randn(qkv[0].shape, generator=seeded(1), dtype=torch.float64).to(dtype)
+        exact = [x.detach().double().requires_grad_() for x in qkv]
+        want = flash_attn.attention_reference(*exact)
+        want = want, *torch.autograd.grad(want, exact, do.double())
+        o = flash_attn.flash_attention(*qkv, backend="torch", block=32)
+        for got, w, what in zip(
+            (o, *torch.autograd.grad(o, qkv, do)), want, ("o", "dq", "dk", "dv")
+        ):
+            assert got.dtype == dtype
+            error = (got.double() - w).norm() / w.norm()
+            assert error <= limit, f"{what} {T=}: relative error {error:.1e} > {limit:.1e}"
+
+
+def test_flash_tiles_accumulate_half_precision_inputs_in_float32():
+    check_flash_bf16_error(flash_attn)
+    check_flash_bf16_error(flash_attn, torch.float16, 2.5e-3 / 8)
+
+
+def test_the_flash_bf16_check_notices_bf16_accumulators():
+    assert_caught(
+        check_flash_bf16_error,
+        mutant(
+            "flash_attn",
+            "return m, scale_a * l_a + scale_b * l_b, scale_a * o_a + scale_b * o_b",
+            "return tuple(x.bfloat16().float() for x in "
+            "(m, scale_a * l_a + scale_b * l_b, scale_a * o_a + scale_b * o_b))",
+        ),
+    )
+
+
+def test_flash_sdpa_keeps_the_dtype_of_half_precision_inputs():
+    for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+        qkv = flash_inputs(4, 2, 37, 37, dtype=dtype)
+        o = flash_attn.flash_attention(*qkv, backend="sdpa")
+        assert o.dtype == dtype
+        close(o, flash_attn.attention_reference(*(x.double() for x in qkv)), limit, "sdpa")
+
+
+def check_flash_under_autocast(flash_attn):
+    """float32 q, k (after a rotation) beside a bf16 v: cast like SDPA, products in float32."""
+    for backend in ("torch", "sdpa"):
+        q, k, v = flash_inputs(4, 2, 200, 200, D=16, dtype=torch.float32)
+        low = [x.detach().bfloat16().double().requires_grad_() for x in (q, k, v)]
+        want = flash_attn.attention_reference(*low)
+        want = want, *torch.autograd.grad(want.square().sum(), low)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            o = flash_attn.flash_attention(q, k, v.bfloat16(), backend=backend, block=32)
+            assert o.dtype == torch.bfloat16
+            grads = torch.autograd.grad(o.float().square().sum(), (q, k, v))
+            assert all(g.dtype == torch.float32 for g in grads)
+        if backend == "torch":
+            for got, w, what in zip((o, *grads), want, ("o", "dq", "dk", "dv")):
+                error = (got.double() - w).norm() / w.norm()
+                assert error <= 4e-3, f"{what}: relative error {error:.1e}"
+
+
+def test_flash_under_autocast_casts_its_inputs_and_not_its_accumulators():
+    check_flash_under_autocast(flash_attn)
+
+
+def test_the_flash_autocast_check_notices_bf16_products():
+    assert_caught(check_flash_under_autocast, mutant(
+        "flash_attn", "with torch.autocast(device, enabled=False):", "if True:"))
+    assert_caught(check_flash_under_autocast, mutant(
+        "flash_attn", "with torch.autocast(do.device.type, enabled=False):", "if True:"))
+
+
+def test_flash_takes_slices_of_a_fused_projection_and_leaves_them_alone():
+    B, T, H, N, D = 2, 37, 4, 2, 8
+    fused = torch.randn(
+        B, T, (H + 2 * N) * D, generator=seeded(), dtype=torch.float64, requires_grad=True
+    )
+    before = fused.detach().clone()
+    grads = {}
+    for name in ("reference", "torch", "sdpa"):
+        q, k, v = (
+            x.unflatten(2, (-1, D)).transpose(1, 2)
+            for x in fused.split([H * D, N * D, N * D], dim=2)
+        )
+        assert not q.is_contiguous()
+        o = (flash_attn.attention_reference(q, k, v) if name == "reference" else
+             flash_attn.flash_attention(q, k, v, backend=name, block=16))
+        loss = (o.transpose(1, 2).reshape(B, T, H * D) * torch.arange(H * D)).sum()
+        grads[name], = torch.autograd.grad(loss, fused)
+    close(grads["torch"], grads["reference"], 1e-11, "torch")
+    close(grads["sdpa"], grads["reference"], 1e-11, "sdpa")
+    assert torch.equal(fused, before)
+    wide = torch.randn(B, H, T, 1, generator=seeded(), dtype=torch.float64).expand(
+        B, H, T, D
+    )  # stride 0
+    close(flash_attn.flash_attention(wide, wide, wide, backend="torch", block=16),
+          flash_attn.attention_reference(wide, wide, wide), 1e-12, "stride 0")
+
+
+def test_flash_stays_finite_with_logits_of_a_thousand():
+    q, k, v = flash_inputs(2, 2, 37, 37)
+    for backend in ("torch", "sdpa"):
+        o = flash_attn.flash_attention(q, k, v, scale=1000., backend=backend, block=8)
+        grads = torch.autograd.grad(o.sum(), (q, k, v))
+        assert all(x.isfinite().all() for x in (o, *grads))
+        close(o, flash_attn.attention_reference(q, k, v, scale=1000.), 1e-9, backend)
+
+
+def test_flash_rows_without_keys_are_zero_and_have_finite_gradients():
+    q, k, v = flash_inputs(4, 2, 20, 7)
+    for backend in ("torch", "sdpa"):
+        o = flash_attn.flash_attention(q, k, v, backend=backend, block=4)
+        grads = torch.autograd.grad(o.sum(), (q, k, v))
+        assert (o[:, :, :13] == 0).all() and (o[:, :, 13:] != 0).all(), backend
+        assert (grads[0][:, :, :13] == 0).all() and all(g.isfinite().all() for g in grads), backend
+    for x in torch.autograd.grad(flash_attn.attention_reference(q, k, v).sum(), (q, k, v)):
+        assert x.isfinite().all()
+
+
+def test_flash_decoding_one_query_at_a_time_equals_the_whole_sequence():
+    q, k, v = flash_inputs(4, 2, 12, 12)
+    for backend in ("torch", "sdpa"):
+        whole = flash_attn.flash_attention(q, k, v, backend=backend)
+        for t in range(12):
+            step = flash_attn.flash_attention(
+                q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], backend=backend
+            )
+            close(step, whole[:, :, t:t + 1], 1e-13, f"{backend} {t=}")
+
+
+def test_flash_backward_twice_needs_retain_graph_and_a_second_derivative_is_refused():
+    q, k, v = flash_inputs(2, 2, 9, 9)
+    o = flash_attn.flash_attention(q, k, v, backend="torch")
+    first = torch.autograd.grad(o.sum(), (q, k, v), retain_graph=True)
+    second = torch.autograd.grad(o.sum(), (q, k, v), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    dq, = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+def test_flash_refuses_inputs_that_do_not_fit_and_says_what_would():
+    q, k, v = flash_inputs(4, 2, 5, 5)
+    bad = {
+        "3-D": (q[0], k, v),
+        "B": (q, k[:1], v[:1]),
+        "D": (q[..., :4], k, v),
+        "Tk": (q, k, v[:, :, :4]),
+        "H": (q[:, :3], k, v),
+        "heads of v": (q, k, v[:, :1]),
+        "no heads": (q, k[:, :0], v[:, :0]),
+        "dtype": (q, k.float(), v.float()),
+    }
+    for backend in (None, "torch", "sdpa"):
+        for what, args in bad.items():
+            with pytest.raises(ValueError, match="do not fit: pass q as") as error:
+                flash_attn.flash_attention(*args, backend=backend)
+            assert str(tuple(args[0].shape)) in str(error.value) and str(args[1].dtype) in str(
+                error.value
+            ), what
+        with pytest.raises(ValueError, match="block=0"):
+            flash_attn.flash_attention(q, k, v, backend=backend, block=0)
+    with pytest.raises(ValueError, match="""backend='fast'.* pass "sdpa", "torch" or None"""):
+        flash_attn.flash_attention(q, k, v, backend="fast")
+
+
+def test_flash_sdpa_uses_the_fused_kernel_for_grouped_heads():
+    """enable_gqa stays on the fused CPU kernel: no operator returns T x T, none repeats k."""
+    qkv = flash_inputs(8, 2, 256, 256, D=16, B=1, dtype=torch.float32)
+    with flash_attn.LargestTensor() as mode:
+        flash_attn.flash_attention(*qkv, backend="sdpa").sum().backward()
+    assert mode.nbytes == 4 * 8 * 256 * 16
+
+
+# ------------------------------------------------------------------ muon.py
+
+MUON_SHAPES = (37, 37), (53, 19), (19, 53), (19, 53)
+
+
+def muon_by_hand(weights, gradients, lr, momentum, steps, decay):
+    """Jordan's m <- mu m + g, Nesterov, and his polynomial on the singular values of the SVD."""
+    weights, sums = [w.clone() for w in weights], [torch.zeros_like(w) for w in weights]
+    for row in gradients:
+        for w, m, g in zip(weights, sums, row):
+            m.mul_(momentum).add_(g)
+            U, S, V = torch.linalg.svd(g + momentum * m, full_matrices=False)
+            S = S / S.square().sum().sqrt()
+            for _ in range(steps):
+                S = 3.4445 * S - 4.7750 * S ** 3 + 2.0315 * S ** 5
+            rows, columns = w.shape
+            scale = math.sqrt(rows / columns) if rows > columns else 1
+            w.copy_(w - lr * decay * w - lr * scale * (U * S) @ V)
+    return weights
+
+
+def check_muon_step(muon):
+    g = seeded()
+    weights = [torch.randn(s, generator=g, dtype=torch.float64) for s in MUON_SHAPES]
+    gradients = [[7 * torch.randn(s, generator=g, dtype=torch.float64) for s in MUON_SHAPES]
+                 for _ in range(4)]
+    params = [nn.Parameter(w.clone()) for w in weights]
+    params[1] = nn.Parameter(weights[1].t().contiguous().t())               # not contiguous
+    optimizer = muon.Muon(params, lr=0.03, momentum=0.8, ns_steps=4, weight_decay=0.1)
+    for row in gradients:
+        for p, grad in zip(params, row):
+            p.grad = grad.clone()
+        assert optimizer.step() is None
+        for p, grad in zip(params, row):
+            assert torch.equal(p.grad, grad)
+    for p, want in zip(params, muon_by_hand(weights, gradients, 0.03, 0.8, 4, 0.1)):
+        assert p.dtype == torch.float64
+        close(p.detach(), want, 1e-11, "weight")
+    assert all(list(optimizer.state[p]) == ["momentum"] for p in params)
+
+
+def test_muon_equals_the_polynomial_of_the_singular_values_in_float64():
+    check_muon_step(muon)
+
+
+@pytest.mark.parametrize(
+    "line, broken",
+    [
+        ("x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)", "x = x / 8"),
+        ("3.4445, -4.7750, 2.0315 ", "3.4445, -4.7750, 2.0310 "),
+        ('torch._foreach_lerp(grads, average, group["momentum"])', "average"),
+        (" * max(1, r / c) ** 0.5", ""),
+        ("max(1, r / c) ** 0.5", "max(1, c / r) ** 0.5"),
+        ('1 - group["lr"] * group["weight_decay"]', '1 - group["weight_decay"]'),
+        ('1 - group["momentum"])', 'group["momentum"])'),
+        (
+            "return x.mT if tall else x",
+            "return x.reshape(len(x), x.shape[2], x.shape[1]) if tall else x",
+        ),
+    ],
+)
+def test_the_muon_check_notices_a_broken_line(line, broken):
+    assert_caught(check_muon_step, mutant("muon", line, broken))
+
+
+def check_muon_cost(muon):
+    for r, c in (16, 40), (40, 16), (24, 24):
+        with FlopCounterMode(display=False) as counter:
+            muon.orthogonal(torch.randn(3, r, c), 5)
+        short, long = min(r, c), max(r, c)
+        assert counter.get_total_flops() == 3 * 2 * 5 * (2 * short ** 2 * long + short ** 3), (r, c)
+
+
+def test_muon_iterates_on_the_smaller_gram_matrix_with_the_flops_of_the_docstring():
+    check_muon_cost(muon)
+
+
+def test_the_muon_cost_check_notices_the_larger_gram_matrix():
+    assert_caught(check_muon_cost, mutant("muon", "x.shape[1] > x.shape[2]", "False"))
+
+
+def test_muon_values_end_near_1_down_to_0_0015_of_the_norm_but_do_not_converge():
+    s = torch.logspace(math.log10(0.0015), 0, 200001, dtype=torch.float64)
+    a, b, c = muon.COEFFICIENTS
+    for steps in range(1, 51):
+        s = a * s + b * s ** 3 + c * s ** 5
+        if steps == 5:
+            assert 0.6798 <= s.min() <= 0.69 and 1.19 <= s.max() <= 1.21
+    assert s.min() <= 0.75 and s.max() >= 1.1                              # 50 steps: no nearer
+
+
+def test_muon_scale_gives_outputs_that_change_by_lr_for_tall_square_and_wide():
+    torch.manual_seed(0)
+    for r, c in (64, 256), (128, 128), (256, 64):
+        p = nn.Parameter(torch.zeros(r, c))
+        p.grad = torch.randn(r, c)
+        muon.Muon([p], lr=0.01).step()
+        rms = (p.detach() @ torch.randn(c, 2000)).square().mean().sqrt().item()
+        assert 0.008 <= rms <= 0.012, (r, c, rms)
+
+
+def test_muon_equals_torchs_up_to_bfloat16():
+    torch.manual_seed(0)
+    gradients = [[torch.randn(s) for s in MUON_SHAPES] for _ in range(4)]
+    both = [muon.movement(cls, gradients, lr=0.05, momentum=0.95, weight_decay=0.1)
+            for cls in (muon.Muon, torch.optim.Muon)]
+    assert muon.difference(*both) <= 0.03
+    other = muon.movement(muon.Muon, gradients, lr=0.05, momentum=0.9, weight_decay=0.1)
+    assert muon.difference(other, both[1]) > 0.06  # the comparison can fail
+
+
+def test_muon_survives_zero_low_rank_and_low_precision_gradients():
+    torch.manual_seed(0)
+    assert not muon.orthogonal(torch.zeros(2, 5, 3)).any()
+    thin = torch.randn(1, 40, 3) @ torch.randn(1, 3, 60)
+    values = torch.linalg.svdvals(muon.orthogonal(thin)[0])
+    assert values[2] >= 0.65 and values[3] <= 1e-3, values
+    for dtype in torch.bfloat16, torch.float16:
+        x = torch.randn(2, 20, 30).to(dtype)
+        assert torch.equal(muon.orthogonal(x), muon.orthogonal(x.float()))
+        p = nn.Parameter(x[0].clone())
+        p.grad = x[1].clone()
+        muon.Muon([p], lr=0.5).step()
+        assert p.dtype == dtype
+        close(p, x[0] - 0.5 * muon.orthogonal(x[1:])[0], 0.03)
+
+
+def test_muon_skips_parameters_without_gradient_and_runs_the_closure():
+    used, unused = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
+    optimizer = muon.Muon([used, unused])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = used.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 12
+    assert torch.equal(unused, torch.ones(3, 4)) and unused not in optimizer.state
+    assert not torch.equal(used, torch.ones(3, 4))
+
+
+def test_muon_resumes_exactly_from_its_state():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(6, 4))
+    first = muon.Muon([p], lr=0.1)
+    p.grad = torch.randn(6, 4)
+    first.step()
+    q = nn.Parameter(p.detach().clone())
+    second = muon.Muon([q])
+    second.load_state_dict(copy.deepcopy(first.state_dict()))      # torch's shares the tensors
+    q.grad = p.grad = torch.randn(6, 4)
+    first.step()
+    second.step()
+    assert torch.equal(p, q)
+
+
+def test_muon_refuses_bad_settings_with_the_rule():
+    w = nn.Parameter(torch.ones(3, 4))
+    for params, settings, words in (
+            ([nn.Parameter(torch.ones(5))], {}, r"shape \(5,\).*2-D.*AdamW"),
+            ([w], dict(lr=-0.1), r"lr=-0.1 must be 0 or more"),
+            ([w], dict(lr=math.nan), r"lr=nan"),
+            ([w], dict(weight_decay=-1), r"weight_decay=-1 must be 0 or more"),
+            ([w], dict(momentum=1.0), r"momentum=1.0 must be in \[0, 1\)"),
+            ([w], dict(momentum=-0.1), r"momentum=-0.1"),
+            ([w], dict(ns_steps=0), r"ns_steps=0 must be 1 or more"),
+            ([dict(params=[w], lr=-2.0)], {}, r"lr=-2.0")):
+        with pytest.raises(ValueError, match=words):
+            muon.Muon(params, **settings)
+    with pytest.raises(ValueError, match=r"shape \(3, 4\) must be \(N, r, c\)"):
+        muon.orthogonal(torch.ones(3, 4))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        muon.Muon([])
+    optimizer = muon.Muon([w])
+    with pytest.raises(ValueError, match="2-D"):
+        optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(2, 2, 2))]))
+    assert len(optimizer.param_groups) == 1
+
+
+# ------------------------------------------------------------------ ddp.py
+
+def ddp_version(change):
+    """ddp.py itself, or, for the mutation tests, with (line, broken line) exchanged."""
+    return mutant("ddp", *change) if change else ddp
+
+
+def ddp_net(seed, dtype=torch.float64):
+    """Rows (B, 6) -> (B, 5); a tied, a frozen, a 0-dim and a non-contiguous parameter."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 5))
+    net[2].weight = net[0].weight
+    net[2].bias.requires_grad_(False)
+    net[4].weight = nn.Parameter(torch.randn(6, 5).t())
+    net.scale = nn.Parameter(torch.randn(()))
+    return net.to(dtype)
+
+
+def ddp_loss_sum(net, rows):
+    """Sum over the rows; every parameter takes part, one of them through a plain sum."""
+    net = net.module if isinstance(net, nn.Module) and hasattr(net, "module") else net
+    return (net(rows) * net.scale).square().sum() + len(rows) * net[0].bias.sum()
+
+
+def ddp_rows(sizes, seed=0):
+    return torch.randn(sum(sizes), 6, generator=seeded(seed), dtype=torch.float64)
+
+
+def ddp_close_grads(model, reference, limit=1e-12):
+    for (name, p), (_, q) in zip(model.named_parameters(), reference.named_parameters()):
+        assert (p.grad is None) == (
+            q.grad is None
+        ), f"{name}: {p.grad} where the reference has {q.grad}"
+        if q.grad is not None:
+            close(p.grad, q.grad, limit, name)
+
+
+def _ddp_full_batch(change=None):
+    """Unequal rows, a rank without any; accumulation; SGD; bucket sizes; overlap on and off."""
+    m, rank, n = ddp_version(change), dist.get_rank(), dist.get_world_size()
+    sizes = [5, 2, 0][:n]
+    x = ddp_rows(sizes)
+    mine = x.split(sizes)[rank]
+    for bucket_mb, overlap in (25, True), (1e-4, True), (1e-4, False), (1e-9, True):
+        reference, model = ddp_net(0), m.DDP(ddp_net(rank), bucket_mb=bucket_mb, overlap=overlap)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert sorted(map(id, sum(model.buckets, []))) == (
+            sorted(map(id, trained)) if n > 1 else []
+        )
+        sgd = torch.optim.SGD([*reference.parameters(), *model.parameters()], lr=0.05)
+        for _ in range(3):
+            sgd.zero_grad()
+            (ddp_loss_sum(reference, x) / len(x)).backward()
+            total = m.global_mean(ddp_loss_sum(model, mine), len(mine))
+            if len(mine):
+                total.backward()
+            model.sync()
+            ddp_close_grads(model.module, reference)
+            kept = [p.grad for p in trained]
+            copies = [g.clone() for g in kept]
+            sgd.step()
+        for p in model.parameters():
+            q = p.detach().clone(memory_format=torch.contiguous_format)
+            dist.broadcast(q, 0)
+            assert torch.equal(p, q), "ranks are not bit-equal after three steps"
+        sgd.zero_grad()
+        for part in mine[:1], mine[1:2]:                     # accumulate, the last backward too
+            with model.no_sync():
+                m.global_mean(ddp_loss_sum(model, part), len(mine)).backward()
+        m.global_mean(ddp_loss_sum(model, mine[2:]), len(mine)).backward()
+        model.sync()
+        (ddp_loss_sum(reference, x) / len(x)).backward()
+        ddp_close_grads(model.module, reference)
+        assert all(
+            map(torch.equal, kept, copies)
+        ), "a gradient kept from an earlier step was overwritten"
+    if n > 1:
+        sgd.zero_grad()                                      # the trap: a mean of unequal means
+        (ddp_loss_sum(reference, x) / len(x)).backward()
+        (ddp_loss_sum(model, mine) / max(1, len(mine))).backward()
+        model.sync()
+        error = (model.module[0].weight.grad - reference[0].weight.grad).norm()
+        assert (
+            error > 0.01 * reference[0].weight.grad.norm()
+        ), "mean of means cannot be told from the mean"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_ddp_gradients_equal_the_full_batch_with_unequal_rows_and_accumulation(ranks, n):
+    ranks.run(_ddp_full_batch, n)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("flat.div_(self.world_size) ", "flat.div_(1) "),
+    ("self.broadcast(tensors.values())", "pass"),
+    ("self._ready.issuperset(self.buckets[len(self._sent)])", "True"),
+    ("return loss_sum * dist.get_world_size(group) / total", "return loss_sum / max(1, count)"),
+    ("torch.zeros_like(p) if p.grad is None", "torch.ones_like(p) if p.grad is None")])
+def test_the_full_batch_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="max error"):
+        ranks.run(_ddp_full_batch, 3, (line, broken))
+
+
+class DdpBranches(nn.Module):
+    """Same shapes in both branches: a wrong order of all-reduces would add different parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.never = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x, branch):
+        return (self.a if branch == "a" else self.b)(x)
+
+
+def _ddp_unused():
+    rank, n = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    x = torch.randn(n, 4, dtype=torch.float64)
+    for bucket_mb in 25, 1e-5:
+        reference = DdpBranches()
+        model = ddp.DDP(copy.deepcopy(reference), bucket_mb=bucket_mb)
+        for step in range(3):
+            branches = ["a" if r == step % 2 else "b" for r in range(n)]
+            reference.zero_grad()
+            model.zero_grad(set_to_none=step != 1)
+            for r in range(n):
+                (reference(x[r:r + 1], branches[r]).square().sum() / n).backward()
+            model(x[rank:rank + 1], branches[rank]).square().sum().backward()
+            model.sync()
+            for name in "a", "b":
+                close(
+                    getattr(model.module, name).weight.grad,
+                    getattr(reference, name).weight.grad,
+                    1e-14,
+                    name,
+                )
+            unused = model.module.never.weight.grad
+            assert unused is None, f"unused on every rank, but grad is {unused}"
+        model.zero_grad()
+        if rank == 0:                                        # the others have no data at all
+            model(x[:1], "a").sum().backward()
+        model.sync()
+        close(
+            model.module.a.bias.grad,
+            torch.full((4,), 1 / n, dtype=torch.float64),
+            1e-15,
+            "one rank with data",
+        )
+        assert model.module.b.bias.grad is None
+        model.module.never.weight.grad = (
+            torch.ones(()).double().expand(4, 4)
+        )  # stride 0, set by hand
+        model.sync()
+        close(model.module.never.weight.grad, torch.ones(4, 4), 0.0, "expanded")
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_ddp_handles_parameters_that_some_ranks_or_all_ranks_do_not_use(ranks, n):
+    ranks.run(_ddp_unused, n)
+
+
+def _ddp_shared_gradient(change=None):
+    """h = emb(ids) + pos at local batch 1: autograd gives both the same gradient tensor."""
+    m, rank = ddp_version(change), dist.get_rank()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.pos = nn.Embedding(5, 4), nn.Parameter(torch.randn(1, 3, 4))
+
+        def forward(self, ids):
+            return (self.emb(ids) + self.pos).sin().sum((1, 2))
+
+    torch.manual_seed(0)
+    reference = Net().double()
+    model = m.DDP(copy.deepcopy(reference), bucket_mb=1e-9)
+    ids = torch.tensor([[0, 1, 2], [4, 1, 1]])
+    reference(ids).mean().backward()
+    model(ids[rank:rank + 1]).mean().backward()
+    model.sync()
+    ddp_close_grads(model.module, reference, 1e-15)
+
+
+def test_ddp_embedding_gradient_is_right_at_local_batch_1(ranks):
+    ranks.run(_ddp_shared_gradient, 2)
+
+
+def test_the_local_batch_1_check_notices_a_hook_that_writes_in_place(ranks):
+    broken = "p.register_hook(lambda g: [dist.all_reduce(g), g.div_(self.world_size)][1])"
+    with pytest.raises(AssertionError, match="max error"):
+        ranks.run(
+            _ddp_shared_gradient,
+            2,
+            ("p.register_post_accumulate_grad_hook(self._on_gradient)", broken),
+        )
+
+
+def _ddp_like_torch():
+    """Against torch's DDP: gradients, number and bytes of all-reduces, all dtypes."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    for dtype, limit in (
+        (torch.float64, 1e-15),
+        (torch.float32, 1e-6),
+        (torch.bfloat16, 1e-2),
+        (torch.float16, 1e-3),
+    ):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Linear(37, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)
+        ).to(dtype)
+        theirs = nn.parallel.DistributedDataParallel(copy.deepcopy(net))
+        ours = ddp.DDP(net, bucket_mb=0.004)
+        x = torch.randn(5, 37, generator=seeded(rank)).to(dtype)
+        calls, real = [], dist.all_reduce
+
+        def all_reduce(tensor, **options):
+            calls.append(tensor.nbytes)
+            return real(tensor, **options)
+
+        dist.all_reduce = all_reduce
+        try:
+            for model in theirs, ours:
+                model(x).square().mean().backward()
+            during_backward = len(calls)
+            ours.sync()
+        finally:
+            dist.all_reduce = real
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            assert p.grad.dtype == dtype
+            close(p.grad, q.grad, limit * (1 + q.grad.abs().max().item()), str(dtype))
+        params = list(ours.parameters())
+        assert (
+            len(calls) == during_backward == len(ours.buckets) > 1
+        ), "all-reduces did not start in backward"
+        assert calls == [sum(p.nbytes + p.element_size() for p in b) for b in ours.buckets]
+        assert [id(p) for b in ours.buckets for p in b] == [
+            id(p) for p in reversed(params)
+        ], "order"
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_ddp_equals_torchs_ddp_and_sends_one_all_reduce_per_bucket(ranks, n):
+    ranks.run(_ddp_like_torch, n)
+
+
+def _ddp_refusals():
+    rank, n = dist.get_rank(), dist.get_world_size()
+    others = [
+        nn.Linear(4, 4),
+        nn.Linear(4, 5),
+        nn.Linear(4, 4, bias=False),
+        nn.Linear(4, 4).double(),
+        nn.Linear(4, 4).requires_grad_(False),
+        nn.Sequential(nn.Linear(4, 4)),
+    ]
+    for other in others[1:]:
+        with pytest.raises(
+            ValueError, match=r"ranks 0 and 1 differ in .*requires_grad.*build the same model"
+        ):
+            ddp.DDP(others[0] if rank != 1 else other)
+    with pytest.raises(ValueError, match="bucket_mb=25"):
+        ddp.DDP(others[0], bucket_mb=25 + rank)
+    for bad in 0, -1, float("nan"):
+        with pytest.raises(ValueError, match=f"bucket_mb={bad} must be above 0"):
+            ddp.DDP(others[0], bucket_mb=bad)
+    with pytest.raises(ValueError, match="count=0 on every rank"):
+        ddp.global_mean(torch.zeros(()), 0)
+
+    model = ddp.DDP(nn.Linear(4, 1))
+    x = torch.randn(3, 4)
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"call model.sync\(\) after backward"):
+        model(x)
+    model.sync()
+    loss = model(x).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"second backward before sync.*no_sync"):
+        loss.backward()
+    model.sync()
+    with pytest.raises(KeyError):  # an exception does not leave no_sync on
+        with model.no_sync():
+            raise KeyError
+    model.zero_grad()
+    model(x).sum().backward()
+    assert model._ready, "no_sync() stayed on after an exception"
+    model.sync()
+
+
+def test_ddp_refuses_different_models_and_forgotten_syncs_on_all_ranks(ranks):
+    ranks.run(_ddp_refusals, 2)
+
+
+def _ddp_buffers_groups_dtypes():
+    rank, n = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(rank)
+    model = ddp.DDP(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    x = torch.randn(6, 3, generator=seeded(rank))
+    assert gathered_equal(model.module[0].weight), "not the same start"
+    model(x).sum().backward()
+    model.sync()
+    assert not gathered_equal(model.module[1].running_mean), "vacuous: statistics agree anyway"
+    model.broadcast(model.module.buffers())
+    assert gathered_equal(model.module[1].running_mean)
+    assert model.module[1].num_batches_tracked == 1
+
+    pair, alone = dist.new_group([1, 2]), [dist.new_group([r]) for r in range(n)]
+    if rank:                                                 # first rank of the group is not rank 0
+        torch.manual_seed(rank)
+        model = ddp.DDP(nn.Linear(2, 1, bias=False), group=pair)
+        start = model.module.weight.detach().clone()
+        torch.manual_seed(1)
+        assert torch.equal(start, nn.Linear(2, 1, bias=False).weight)
+        model(torch.full((1, 2), float(rank))).sum().backward()
+        model.sync()
+        close(model.module.weight.grad, torch.full((1, 2), 1.5), 0.0, "mean of ranks 1 and 2")
+        mean = ddp.global_mean(torch.tensor(1.0), rank, group=pair)
+        close(mean, torch.tensor(2 / 3), 1e-7, "global_mean in a group")
+    else:
+        with pytest.raises(ValueError, match="this rank in the group"):
+            ddp.DDP(nn.Linear(2, 1), group=pair)
+
+    single = nn.Linear(2, 2)
+    model = ddp.DDP(single, group=alone[rank])
+    model(torch.ones(1, 2)).sum().backward()
+    before = single.weight.grad
+    model.sync()
+    assert (
+        single.weight.grad is before and not single.weight._post_accumulate_grad_hooks
+    ), "a group of one has a cost"
+
+    mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2))
+    for bucket in ddp.DDP(mixed).buckets:
+        assert len({p.dtype for p in bucket}) == 1, "a bucket mixes dtypes"
+    big = ddp.DDP(nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(12)]))  # 12 x 1 MB
+    assert [len(b) for b in big.buckets] == [3, 3, 3, 3], "12 MB should travel in four buckets"
+    assert ddp.DDP(nn.Identity()).buckets == []
+
+
+def gathered_equal(tensor):
+    """Do all ranks hold the same bits?"""
+    copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(copies, tensor.detach().contiguous())
+    return all(torch.equal(copies[0], c) for c in copies)
+
+
+def test_ddp_buffers_subgroups_groups_of_one_and_buckets(ranks):
+    ranks.run(_ddp_buffers_groups_dtypes, 3)
+
+
+def check_data_parallel(m):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = (
+                nn.Linear(6, 6),
+                nn.BatchNorm1d(6, affine=False),
+                nn.Linear(6, 6),
+            )
+            self.last.weight = self.first.weight             # tied
+            self.last.bias.requires_grad_(False)
+
+        def forward(self, x, scale):
+            if x.requires_grad:
+                self.norm(x)                                 # only counts the calls
+            return self.last(self.first(x).tanh()) * scale
+
+    for rows, devices in (7, 2), (5, 3), (2, 4), (1, 2), (4, 1), (0, 2):
+        torch.manual_seed(0)
+        reference, net = Net().double(), Net().double()
+        net.load_state_dict(reference.state_dict())
+        model = m.DataParallel(net, ["cpu"] * devices)
+        for _ in range(2):                                   # gradients accumulate as usual
+            x, scale = torch.randn(rows, 6).double(), torch.randn(rows, 1).double()
+            out, want = model(x, scale), reference(x, scale)
+            assert out.shape == want.shape == (rows, 6)
+            close(out.sum(), want.sum(), 1e-12, "outputs")
+            out.square().sum().backward()
+            want.square().sum().backward()
+        ddp_close_grads(net, reference)
+        assert net.last.bias.grad is None
+
+    bn = m.DataParallel(nn.BatchNorm1d(3), ["cpu", "cpu"])
+    x = torch.randn(8, 3)
+    bn(x)
+    alone = nn.BatchNorm1d(3)
+    alone(x[:4])
+    assert bn.module.num_batches_tracked == 1, f"updated {bn.module.num_batches_tracked} times"
+    close(bn.module.running_mean, alone.running_mean, 1e-7, "statistics of the first part")
+    bn.eval()
+    close(bn(x), alone.eval()(x), 1e-6, "mode is read at each forward")
+
+    linear = m.DataParallel(nn.Linear(3, 3), ["cpu", "cpu"])
+    with torch.no_grad():
+        assert not linear(x).requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x).dtype == torch.bfloat16
+    losses = m.DataParallel(nn.MSELoss(), ["cpu"] * 2)(x, x + 1)
+    assert losses.shape == (2,), "a 0-dim output is one entry per part"
+    with pytest.raises(ValueError, match=r"B = \[8, 7\]; give tensors of one B"):
+        m.DataParallel(nn.MSELoss(), ["cpu"] * 2)(x, x[:7])
+    with pytest.raises(ValueError):
+        linear()
+
+
+def test_data_parallel_equals_one_device():
+    check_data_parallel(ddp)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("w.to(d, copy=True)", "w.detach().to(d, copy=True)"),
+    ("[self.module] + [copy", "[copy.deepcopy(self.module)] + [copy")])
+def test_the_data_parallel_check_notices_lost_gradients_and_statistics(line, broken):
+    assert_caught(check_data_parallel, mutant("ddp", line, broken))
+
+
+DDP_JOB = """
+import os, sys, time
+import torch, torch.distributed as dist
+import ddp
+
+def work(rows):
+    total = torch.ones(rows)
+    dist.all_reduce(total)
+    threads = torch.get_num_threads()
+    print(f"sum {total[0].item()} of {dist.get_world_size()}, {threads} thread", flush=True)
+
+def fail():
+    print("pid", os.getpid())                  # not flushed: launch has to
+    if dist.get_rank() == 1:
+        dist.all_reduce(torch.ones(10**6), async_op=True)       # never joined by the other ranks
+        raise KeyError("the cause")
+    time.sleep(300)
+
+if __name__ == "__main__":
+    ddp.launch(work, 2, 3)
+    assert not dist.is_initialized()
+    if not dist.is_torchelastic_launched():
+        ddp.launch(work, 1, 3)
+        ddp.launch(fail, 2)
+"""
+
+
+def test_launch_runs_all_ranks_and_a_rank_that_fails_ends_all_in_seconds(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(DDP_JOB)
+    job = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": str(HERE)},
+                         capture_output=True, text=True, timeout=120)
+    counts = job.stdout.count("sum 2.0 of 2, 1 thread"), job.stdout.count("sum 1.0 of 1, 1 thread")
+    assert counts == (2, 1), job.stdout
+    assert job.returncode == 1 and "KeyError: 'the cause'" in job.stderr, job.stderr
+    pids = re.findall(r"pid (\d+)", job.stdout)
+    assert pids, "what the failed rank printed is lost"
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+def test_launch_joins_the_processes_of_torchrun(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(DDP_JOB)
+    job = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            script,
+        ],
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count("sum 2.0 of 2") == 2, job.stdout
+
+
+# ------------------------------------------------------------------ data.py
+
+def check_an_epoch_reads_every_target_once(module):
+    text = np.arange(1000, dtype=np.uint16)                 # each byte is told apart by its value
+    windows = module.Windows(text, 37, seed=1)
+    for epoch in range(3):
+        rows = np.stack(
+            [windows[n] for n in range(epoch * windows.count, (epoch + 1) * windows.count)]
+        )
+        assert rows.shape == (windows.count, 38)
+        targets = np.sort(rows[:, 1:].flatten())
+        assert len(np.unique(targets)) == len(targets) > 1000 - 2 * 37
+        assert np.array_equal(rows[:, 1:] - rows[:, :-1], np.ones((windows.count, 37)))
+
+
+def test_data_an_epoch_reads_every_target_once():
+    check_an_epoch_reads_every_target_once(data)
+
+
+def test_data_the_epoch_check_notices_random_windows():
+    assert_caught(
+        check_an_epoch_reads_every_target_once,
+        mutant(
+            "data",
+            "random.permutation(self.count) if",
+            "random.integers(self.count, size=self.count) if",
+        ),
+    )
+
+
+def test_data_a_window_is_a_function_of_seed_and_number():
+    text = np.random.default_rng(0).integers(256, size=5000, dtype=np.uint8)
+    forward, other = data.Windows(text, 30, seed=3), data.Windows(text, 30, seed=4)
+    want = {n: forward[n].copy() for n in range(3 * forward.count)}
+    backward = data.Windows(text, 30, seed=3)
+    for n in reversed(range(3 * forward.count)):
+        assert np.array_equal(backward[n], want[n])
+    assert any(not np.array_equal(other[n], want[n]) for n in range(5))
+
+
+def check_masking_is_berts(module):
+    text = np.random.default_rng(0).integers(256, size=70_000, dtype=np.uint8)
+    windows = module.Windows(text, 100, seed=0)
+    clean, _ = module.examples(windows, range(600))
+    inputs, targets = module.examples(windows, range(600), "mlm")
+    hidden = targets != -100
+    assert (hidden.sum(1) == 15).all()                              # the same count in every row
+    assert torch.equal(targets[hidden], clean[hidden])
+    assert torch.equal(inputs[~hidden], clean[~hidden])
+    shares = ((inputs[hidden] == data.MASK), (inputs[hidden] == clean[hidden]))
+    for got, want in zip(shares, (0.8, 0.1 + 0.1 / 256)):
+        spread = (want * (1 - want) / hidden.sum().item()) ** 0.5
+        assert abs(got.double().mean().item() - want) < 4 * spread
+    again, _ = module.examples(windows, range(300, 600), "mlm")
+    assert torch.equal(again, inputs[300:])                         # a function of the number alone
+
+
+def test_data_masking_follows_bert():
+    check_masking_is_berts(data)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("inputs[row, hidden[kind < 0.8]] = MASK", "inputs[row, hidden[kind < 0.9]] = MASK"),
+    ("targets[row, hidden] = inputs[row, hidden]", "targets[row] = inputs[row]"),
+    ("inputs[row, hidden[kind >= 0.9]] = noise[kind >= 0.9]", "pass")])
+def test_data_the_masking_check_notices(line, broken):
+    assert_caught(check_masking_is_berts, mutant("data", line, broken))
+
+
+def test_data_the_standard_library_is_python_source():
+    train_text, val_text = data.standard_library()
+    again, _ = data.standard_library()
+    assert np.array_equal(train_text, again)
+    assert len(train_text) > 3_000_000 and len(val_text) > 200_000
+    assert b"import " in val_text[:100_000].tobytes()
+
+
+def test_data_bad_input_is_refused_with_the_fix(tmp_path):
+    empty = tmp_path / "empty"
+    empty.touch()
+    for call, message in (
+        (lambda: data.text_file(tmp_path / "none"), "no such file"),
+        (lambda: data.text_file(empty), "is empty"),
+        (lambda: data.Windows(np.zeros(10, np.uint8), 10), "at least 20 bytes"),
+        (
+            lambda: data.examples(data.Windows(np.zeros(99, np.uint8), 9), [0], "next"),
+            "causal or mlm",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_data_the_last_tenth_of_a_file_is_validation(tmp_path):
+    (tmp_path / "text").write_bytes(bytes(range(100)))
+    train_text, val_text = data.text_file(tmp_path / "text")
+    assert train_text.tobytes() == bytes(range(90)) and val_text.tobytes() == bytes(range(90, 100))
+
+
+# ------------------------------------------------------------------ resume.py
+
+def state_of(step):
+    return {
+        "model.w": torch.randn(50, 3, generator=seeded(step)),
+        "optimizer.w.step": torch.tensor(float(step)),
+    }
+
+
+def _save_on_ranks(folder):
+    for step in (1, 2, 3):
+        resume.save(folder, step, state_of(step), {"dim": 3}, {"lr": 0.5})
+    return [path.name for path in resume.saved(folder)]
+
+
+def _load_on_ranks(folder):
+    got = {name: torch.zeros_like(t) for name, t in state_of(3).items()}
+    step = resume.load(resume.saved(folder)[-1], got, {"dim": 3})
+    return step, all(torch.equal(got[name], t) for name, t in state_of(3).items())
+
+
+def test_resume_what_n_ranks_saved_m_ranks_read_bit_for_bit(ranks, tmp_path):
+    for n in (1, 3):
+        folder = tmp_path / str(n)
+        assert (
+            ranks.run(_save_on_ranks, n, folder) == [["step_0000002", "step_0000003"]] * n
+        )  # keep=2
+        assert resume.settings_of(resume.saved(folder)[-1]) == {"lr": 0.5}
+        for m in (1, 2, 3):
+            assert ranks.run(_load_on_ranks, m, folder) == [(3, True)] * m
+
+
+def check_damage_is_noticed(module, folder):
+    module.save(folder, 1, state_of(1), {})
+    path = module.saved(folder)[-1]
+    whole = {file.name: file.read_bytes() for file in path.iterdir()}
+    before = state_of(2)
+    for name, content in whole.items():
+        for i in range(0, len(content), max(1, len(content) // 5)):
+            flipped = bytearray(content)
+            flipped[i] ^= 4
+            for damaged in (flipped, content[:i]):
+                (path / name).write_bytes(damaged)
+                tensors = {key: t.clone() for key, t in before.items()}
+                try:
+                    module.load(path, tensors, {})
+                except ValueError:
+                    assert all(torch.equal(tensors[key], before[key]) for key in before)
+                else:                               # a harmless change, such as a space in the json
+                    assert all(torch.equal(tensors[key], t) for key, t in state_of(1).items()), name
+        (path / name).write_bytes(content)
+
+
+def test_resume_no_damage_goes_unnoticed_and_none_reaches_the_tensors(tmp_path):
+    check_damage_is_noticed(resume, tmp_path)
+
+
+def test_resume_the_damage_check_notices_a_missing_crc32(tmp_path):
+    assert_caught(
+        check_damage_is_noticed,
+        mutant("resume", "or _crc32(path) != crc32:", "or False:"),
+        tmp_path,
+    )
+
+
+def test_resume_a_missing_file_and_other_facts_are_refused_by_name(tmp_path):
+    resume.save(tmp_path, 1, state_of(1), {"dim": 3, "data": "a"})
+    path = resume.saved(tmp_path)[-1]
+    with pytest.raises(ValueError, match="saved with data = a, this run has b"):
+        resume.load(path, state_of(1), {"dim": 3, "data": "b"})
+    with pytest.raises(ValueError, match="saved with layers = None, this run has 2"):
+        resume.load(path, state_of(1), {"dim": 3, "data": "a", "layers": 2})
+    (path / "__0_0.distcp").unlink()
+    with pytest.raises(ValueError, match="is missing: delete"):
+        resume.load(path, state_of(1), {"dim": 3, "data": "a"})
+    (path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="no readable manifest.json"):
+        resume.load(path, state_of(1), {"dim": 3, "data": "a"})
+
+
+def check_an_index_runs_no_code(module, folder):
+    module.save(folder, 1, state_of(1), {})
+    path, harm = module.saved(folder)[-1], folder / "harm"
+    (path / ".metadata").write_bytes(pickle.dumps(module.Harm(str(harm))))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["crc32"][".metadata"] = module._crc32(path / ".metadata")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="cannot be read"):
+        module.load(path, state_of(1), {})
+    assert not harm.exists(), "the index ran code"
+
+
+def test_resume_an_index_runs_no_code(tmp_path):
+    check_an_index_runs_no_code(resume, tmp_path)
+
+
+def test_resume_the_code_check_notices_a_plain_unpickler(tmp_path):
+    assert_caught(
+        check_an_index_runs_no_code,
+        mutant("resume", "metadata = TensorsOnly(file).load()", "metadata = pickle.load(file)"),
+        tmp_path,
+    )
+
+
+def check_a_kill_leaves_a_complete_checkpoint(module, folder):
+    results = module.kill_saves(folder, 25)
+    assert {found for _, found in results} == {0, 1}, "no kill fell into a save: nothing was tested"
+
+
+def test_resume_a_kill_leaves_a_complete_checkpoint(tmp_path):
+    check_a_kill_leaves_a_complete_checkpoint(resume, tmp_path)
+
+
+def test_resume_the_kill_check_notices_writing_in_place(tmp_path):
+    broken = mutant("resume", 'beside = folder.with_suffix(".tmp")', "beside = folder")
+    with pytest.raises((ValueError, AssertionError)):
+        check_a_kill_leaves_a_complete_checkpoint(broken, tmp_path)
+
+
+# ------------------------------------------------------------------ model.py
+
+SMALL = dict(vocab_size=11, seq_len=16, layers=2, dim=24, heads=4, kv_heads=2, hidden=20)
+OLD = dict(norm="layernorm", mlp="relu", qk_norm=False, bias=True, norm_place="post")
+
+
+def make(**changes):
+    """A small GPT in float64, its zero-initialised layers filled, so that every part matters."""
+    gpt = model_module.GPT(Config(**{**SMALL, **changes})).double()
+    with torch.no_grad():
+        for i, p in enumerate(gpt.parameters()):
+            p.add_(torch.randn(p.shape, generator=seeded(i), dtype=p.dtype) * 0.3)
+    return gpt
+
+
+def some_tokens(rows=2, length=9, vocabulary=11):
+    return torch.randint(vocabulary, (rows, length), generator=seeded(1))
+
+
+POSITIONS = ["rope", "sinusoidal", "learned", "alibi", "none"]
+
+
+def check_no_token_sees_the_future(module):
+    for position in POSITIONS:
+        gpt, tokens = make(position=position), some_tokens()
+        changed = tokens.clone()
+        changed[:, 5] = (changed[:, 5] + 1) % 11
+        before, after = gpt(tokens)[0], gpt(changed)[0]
+        assert torch.equal(before[:, :5], after[:, :5]), f"{position}: the past changed"
+        assert (
+            (before[:, 5:] != after[:, 5:]).any(-1).all()
+        ), f"{position}: the future did not change"
+
+
+def test_model_no_token_sees_the_future():
+    check_no_token_sees_the_future(model_module)
+
+
+def test_model_an_encoder_sees_both_sides():
+    for position in POSITIONS:
+        gpt, tokens = make(position=position, causal=False), some_tokens()
+        changed = tokens.clone()
+        changed[:, 5] = (changed[:, 5] + 1) % 11
+        assert (gpt(tokens)[0] != gpt(changed)[0]).any(-1).all(), position
+
+
+def test_model_without_positions_an_encoder_cannot_see_the_order():
+    order = torch.tensor([3, 0, 2, 8, 5, 1, 4, 7, 6])
+    tokens = some_tokens()
+    for position in POSITIONS:
+        gpt = make(position=position, causal=False)
+        error = (gpt(tokens)[0][:, order] - gpt(tokens[:, order])[0]).abs().max().item()
+        assert error < 1e-12 if position == "none" else error > 1e-3, (position, error)
+
+
+def test_model_probabilities_of_all_sequences_sum_to_one():
+    """The definition of a language model, by brute force: p(x) summed over every x is 1."""
+    gpt = make(vocab_size=4)                              # token 3 only starts a sequence
+    every = torch.cartesian_prod(*[torch.arange(4)] * 5)                            # 4^5 sequences
+    start = torch.full((len(every), 1), 3)
+    logits, loss = gpt(torch.cat([start, every[:, :-1]], dim=1), every)
+    log_p = logits.log_softmax(-1).gather(-1, every[..., None]).sum((1, 2))
+    assert abs(log_p.exp().sum().item() - 1) < 1e-12
+    assert abs(loss.item() + log_p.mean().item() / 5) < 1e-12
+
+
+def test_model_targets_of_minus_100_do_not_count():
+    gpt, tokens = make(), some_tokens()
+    targets = tokens.roll(-1, 1)
+    targets[:, 4:] = -100
+    close(gpt(tokens, targets)[1], gpt(tokens[:, :4], targets[:, :4])[1], 1e-6)
+
+
+def check_the_cache_changes_nothing(module):
+    for position in POSITIONS:
+        gpt = make(position=position)
+        gpt.__class__ = module.GPT
+        tokens, cache = some_tokens(), []
+        parts = [gpt(part, cache=cache)[0] for part in tokens.split([4, 1, 3, 1], dim=1)]
+        close(torch.cat(parts, 1), gpt(tokens)[0], 1e-12, f"{position}: logits in parts")
+        runs = [gpt.generate(tokens[:1], 30, use_cache=use, generator=seeded(3), top_k=5)
+                for use in (True, False)]
+        assert torch.equal(*runs), f"{position}: other text with the cache"
+        assert runs[0].shape == (1, 39) and torch.equal(runs[0][:, :9], tokens[:1])
+
+
+def test_model_decoding_with_the_cache_equals_decoding_without():
+    check_the_cache_changes_nothing(model_module)
+
+
+def test_model_the_cache_check_notices_wrong_positions():
+    assert_caught(
+        check_the_cache_changes_nothing,
+        mutant(
+            "model",
+            'self.table("cos", device)[start:end]',
+            'self.table("cos", device)[:end - start]',
+        ),
+    )
+
+
+def test_model_temperature_zero_and_top_1_are_greedy():
+    gpt, tokens = make(), some_tokens(1)
+    greedy = gpt.generate(tokens, 5, temperature=0)
+    assert torch.equal(greedy, gpt.generate(tokens, 5, top_k=1))
+    assert greedy[0, 9] == gpt(tokens)[0][0, -1].argmax()
+    assert gpt.training                                             # the mode is given back
+
+
+def copy_into_torch(block, layer):
+    """Our block's weights into torch's own encoder or decoder layer."""
+    pairs = [(block.attn, layer.self_attn)]
+    if hasattr(block, "cross"):
+        pairs.append((block.cross, layer.multihead_attn))
+    for ours, theirs in pairs:
+        theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]))
+        theirs.out_proj.load_state_dict(ours.o.state_dict())
+    layer.linear1.load_state_dict(block.mlp.up.state_dict())
+    layer.linear2.load_state_dict(block.mlp.down.state_dict())
+    norms = (
+        [block.attn_norm]
+        + ([block.cross_norm] if hasattr(block, "cross") else [])
+        + [block.mlp_norm]
+    )
+    for i, norm in enumerate(norms, 1):
+        getattr(layer, f"norm{i}").load_state_dict(norm.state_dict())
+
+
+@torch.no_grad()
+def check_blocks_equal_torchs(module):
+    x, memory = (torch.randn(2, n, 24, dtype=torch.float64, generator=seeded(n)) for n in (7, 5))
+    for place in ("post", "pre"):
+        for mlp in ("relu", "gelu"):
+            settings = {**SMALL, **OLD, "kv_heads": 4, "norm_place": place, "mlp": mlp}
+            kinds = dict(d_model=24, nhead=4, dim_feedforward=20, dropout=0.0, activation=mlp,
+                         batch_first=True, norm_first=place == "pre", dtype=torch.float64)
+            for cross, theirs in ((False, nn.TransformerEncoderLayer(**kinds)),
+                                  (True, nn.TransformerDecoderLayer(**kinds))):
+                block = module.Block(
+                    Config(**settings, causal=cross, cross_attention=cross)
+                ).double()
+                for i, p in enumerate(block.parameters()):
+                    p.copy_(torch.randn(p.shape, generator=seeded(i)) * 0.3)
+                copy_into_torch(block, theirs.eval())
+                if cross:
+                    mask = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
+                    want = theirs(x, memory, tgt_mask=mask)
+                    got = block(x, memory=memory)
+                else:
+                    want, got = theirs(x), block(x)
+                close(got, want, 1e-12, f"{place}-norm, {mlp}, cross={cross}")
+
+
+def test_model_blocks_of_2017_equal_torchs_encoder_and_decoder_layers():
+    check_blocks_equal_torchs(model_module)
+
+
+def test_model_the_block_check_notices_a_norm_in_the_wrong_place():
+    assert_caught(check_blocks_equal_torchs,
+                  mutant("model", "return norm(x + self.dropout(part(x, **kwargs)))",
+                         "return x + self.dropout(norm(part(x, **kwargs)))"))
+
+
+def test_model_the_transformer_of_2017_is_a_configuration():
+    old = {
+        **SMALL,
+        **OLD,
+        "kv_heads": 4,
+        "position": "sinusoidal",
+        "tied": True,
+        "scale_embedding": True,
+    }
+    encoder, decoder = GPT(Config(causal=False, **old)), GPT(Config(cross_attention=True, **old))
+    source, target = some_tokens(2, 6), some_tokens(2, 8)
+    for gpt in (encoder, decoder):  # o and down start at zero: give them weights
+        for p in gpt.parameters():
+            nn.init.normal_(p, std=0.2)
+    logits, loss = decoder(target, target.roll(-1, 1), memory=encoder.features(source))
+    loss.backward()
+    assert logits.shape == (2, 8, 11) and decoder.head.weight is decoder.embed.weight
+    for gpt in (encoder, decoder):
+        for name, p in gpt.named_parameters():
+            assert p.grad is not None and p.grad.abs().max() > 0, f"no gradient at {name}"
+
+
+def test_model_equals_transformers_llama_and_qwen3():
+    transformers = pytest.importorskip("transformers", reason="oracle: pip install transformers")
+    for kind, qk_norm in (("Llama", False), ("Qwen3", True)):
+        theirs_config = getattr(transformers, f"{kind}Config")(
+            vocab_size=11,
+            hidden_size=24,
+            intermediate_size=20,
+            num_hidden_layers=2,
+            head_dim=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+        theirs = getattr(transformers, f"{kind}ForCausalLM")(theirs_config).double().eval()
+        ours = make(qk_norm=qk_norm)
+        names = {
+            "embed": "model.embed_tokens",
+            "blocks": "model.layers",
+            "norm": "model.norm",
+            "head": "lm_head",
+            "attn_norm": "input_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+            "attn": "self_attn",
+            "q": "q_proj",
+            "k": "k_proj",
+            "v": "v_proj",
+            "o": "o_proj",
+            "gate": "gate_proj",
+            "up": "up_proj",
+            "down": "down_proj",
+        }
+        state = {".".join(names.get(part, part) for part in name.split(".")): value
+                 for name, value in ours.state_dict().items()}
+        theirs.load_state_dict(state)
+        tokens = some_tokens()
+        close(ours(tokens)[0], theirs(tokens).logits, 1e-5, kind)      # their norms run in float32
+
+
+def test_model_a_parameter_depends_on_its_name_and_the_seed_alone():
+    one, deep, other = (GPT(Config(**{**SMALL, **c})) for c in ({}, {"layers": 3}, {"seed": 1}))
+    same = dict(deep.named_parameters())
+    for name, p in one.named_parameters():
+        assert torch.equal(p, same[name]), name
+    assert not torch.equal(one.embed.weight, other.embed.weight)
+    assert not torch.equal(one.blocks[0].attn.q.weight, one.blocks[1].attn.q.weight)
+
+
+def test_model_starts_as_the_identity_between_embedding_and_head():
+    gpt, tokens = GPT(Config(**SMALL)), some_tokens()
+    close(gpt.features(tokens), gpt.norm(gpt.embed(tokens)), 0.0)
+
+
+def test_model_casting_it_leaves_the_rope_table_in_float32():
+    gpt = GPT(Config(**SMALL)).to(torch.bfloat16)
+    assert gpt.tables["cos"].dtype == torch.float32
+    assert gpt(some_tokens())[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(dim=25), "multiple of 4"),
+        (dict(kv_heads=3), "divisor of 4"),
+        (dict(dim=12), "even width"),
+        (dict(norm="batchnorm"), "rmsnorm or layernorm"),
+        (dict(layers=0), "at least 1"),
+        (dict(dropout=1.0), "below 1"),
+        (dict(hidden=0), "at least 1"),
+        (dict(mlp="tanh"), "swiglu or gelu"),
+    ],
+)
+def test_model_a_bad_config_is_refused_with_the_rule(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**{**SMALL, **changes})
+
+
+def test_model_bad_input_is_refused_with_the_fix():
+    gpt = make()
+    with pytest.raises(ValueError, match="larger seq_len"):
+        gpt(some_tokens(1, 17))
+    with pytest.raises(ValueError, match="use both or neither"):
+        gpt(some_tokens(), memory=torch.zeros(2, 3, 24))
+    with pytest.raises(ValueError, match="causal=True"):
+        make(causal=False).generate(some_tokens(), 1)
+    with pytest.raises(ValueError, match="temperature >= 0"):
+        gpt.generate(some_tokens(), 1, temperature=-1)
+
+
+# ------------------------------------------------------------------ train.py
+
+TINY = "--layers 2 --dim 32 --heads 2 --seq-len 16 --batch-size 12 --log-every 1".split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small text with some order in it: arithmetic."""
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("".join(f"{a} + {b} = {a + b}\n" for a in range(40) for b in range(40)))
+    return str(path)
+
+
+def records(out):
+    return [
+        json.loads(line) for line in pathlib.Path(out, "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def command(*argv, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(HERE / "train.py"), *argv],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        **kwargs,
+    )
+
+
+def _train(argv):
+    trainer = train.Trainer(train.parse(argv))
+    trainer.train()
+    trainer.finish()
+    return [(r["loss"], r["grad_norm"], r.get("val_loss")) for r in records(trainer.out)]
+
+
+def test_train_any_number_of_ranks_and_microbatches_gives_the_same_run(ranks, corpus, tmp_path):
+    """Loss, gradient norm and validation of every step equal the one-process run's to 1e-5."""
+    for objective in ("causal", "mlm"):
+        want = None
+        for n, parts in ((1, 1), (1, 3), (2, 1), (2, 3), (3, 2)):
+            argv = [
+                *TINY,
+                "--data",
+                corpus,
+                "--steps",
+                "20",
+                "--eval-every",
+                "10",
+                "--objective",
+                objective,
+                "--microbatches",
+                str(parts),
+                "--out",
+                str(tmp_path / f"{objective}_{n}_{parts}"),
+            ]
+            got = ranks.run(_train, n, argv)[0]
+            want = want or got
+            assert len(got) == 20 and want[-1][2] is not None
+            for step, (a, b) in enumerate(zip(got, want), 1):
+                for x, y in zip(a, b):
+                    assert x == y or abs(x - y) <= 1e-5 * max(1, abs(y)), (
+                        objective,
+                        n,
+                        parts,
+                        step,
+                        a,
+                        b,
+                    )
+
+
+def _first_gradient(module, argv):
+    trainer = module.Trainer(module.parse(argv))
+    trainer.model.double()
+    trainer.backward()
+    return [p.grad for p in trainer.model.parameters()]
+
+
+def _gradients(mutation, argv):
+    module = mutant("train", *mutation) if mutation else train
+    return torch.cat([g.flatten() for g in _first_gradient(module, argv)])
+
+
+def check_gradients_are_those_of_one_process(ranks, corpus, tmp_path, mutation=None):
+    """float64, before any optimizer: Adam and Muon would hide a constant factor."""
+    argv = [*TINY, "--data", corpus, "--steps", "1", "--out", str(tmp_path / "a")]
+    want = ranks.run(_gradients, 1, None, argv)[0]
+    for n, parts in ((1, 3), (2, 2), (3, 1)):
+        for got in ranks.run(_gradients, n, mutation, [*argv, "--microbatches", str(parts)]):
+            close(got, want, 1e-12, f"{n} ranks, {parts} microbatches")
+
+
+def test_train_gradients_are_those_of_one_process(ranks, corpus, tmp_path):
+    check_gradients_are_those_of_one_process(ranks, corpus, tmp_path)
+
+
+@pytest.mark.parametrize("mutation", [
+    ("y.to(args.device))[1] / args.microbatches", "y.to(args.device))[1]"),
+    ("(self.rank * args.microbatches + i) * rows", "i * rows")])
+def test_train_the_gradient_check_notices(ranks, corpus, tmp_path, mutation):
+    with pytest.raises(AssertionError, match="microbatches: max error"):
+        check_gradients_are_those_of_one_process(ranks, corpus, tmp_path, mutation)
+
+
+def test_train_learns_and_leaves_curve_sample_and_checkpoints(ranks, corpus, tmp_path):
+    out = tmp_path / "run"
+    ranks.run(_train, 1, [*TINY, "--data", corpus, "--steps", "120", "--out", str(out)])
+    losses = [r["loss"] for r in records(out)]
+    text = open(corpus, "rb").read()
+    counts = torch.bincount(torch.tensor(list(text))).double()
+    entropy = -(counts / len(text) * (counts / len(text)).clamp(min=1e-9).log()).sum().item()
+    assert losses[0] > 4 and losses[-1] < 0.8 * entropy  # better than knowing how often bytes occur
+    last = records(out)[-1]
+    assert abs(last["ppl"] - math.exp(last["val_loss"])) < 1e-9
+    assert abs(last["bits_per_byte"] - last["val_loss"] / math.log(2)) < 1e-9
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG" and len(
+        (out / "sample.txt").read_text()
+    ) > 100
+    assert [p.name for p in resume.saved(out)] == ["step_0000100", "step_0000120"]
+
+
+def test_train_nproc_and_torchrun_equal_one_process(corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "8"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    runs = {
+        "one": command(*argv, "--out", str(tmp_path / "one")),
+        "nproc": command(*argv, "--nproc", "2", "--out", str(tmp_path / "nproc")),
+        "torchrun": subprocess.run(
+            [*torchrun, str(HERE / "train.py"), *argv, "--out", str(tmp_path / "torchrun")],
+            capture_output=True,
+            text=True,
+            timeout=240,
+        ),
+    }
+    for name, run in runs.items():
+        assert run.returncode == 0, run.stderr
+        assert f"on {1 if name == 'one' else 2} rank" in run.stdout
+        for got, want in zip(records(tmp_path / name), records(tmp_path / "one"), strict=True):
+            assert abs(got["loss"] - want["loss"]) < 1e-5, (name, got, want)
+
+
+def test_train_killed_at_any_moment_it_resumes_bit_for_bit(ranks, corpus, tmp_path):
+    argv = [
+        *TINY,
+        "--data",
+        corpus,
+        "--steps",
+        "60",
+        "--save-every",
+        "5",
+        "--eval-every",
+        "20",
+        "--dropout",
+        "0.1",
+    ]
+    want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "whole")])[0]
+    out = tmp_path / "killed"
+    for attempt in range(2):
+        arguments = [*argv, "--out", str(out)] if attempt == 0 else ["--resume", "--out", str(out)]
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "train.py"), *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
+        seen = len(resume.saved(out)) and resume.saved(out)[-1]
+        while not resume.saved(out) or resume.saved(out)[-1] == seen:       # until it has saved
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.002)
+        time.sleep(0.01 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    got = ranks.run(_train, 1, ["--resume", "--out", str(out)])[0]
+    assert got == want                                      # every float of every step
+    assert [r["step"] for r in records(out)] == list(range(1, 61))
+
+
+def test_train_a_run_of_two_ranks_resumes_on_one(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "20", "--save-every", "10"]
+    want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "whole")])[0]
+    out = str(tmp_path / "two")
+    ranks.run(_train, 2, [*argv, "--out", out])
+    shutil.rmtree(resume.saved(out)[-1])
+    got = ranks.run(_train, 1, ["--resume", "--out", out])[0]
+    assert max(abs(a[0] - b[0]) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+def test_train_an_earlier_run_is_kept(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "2", "--out", str(tmp_path / "run")]
+    first = ranks.run(_train, 1, argv)[0]
+    ranks.run(_train, 2, [*argv, "--seed", "1"])
+    assert [r["loss"] for r in records(tmp_path / "run.1")] == [loss for loss, *_ in first]
+    assert records(tmp_path / "run") != records(tmp_path / "run.1")
+
+
+def everything_in(folder):
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
+    ranks, corpus, tmp_path, capsys
+):
+    out, other = tmp_path / "run", tmp_path / "other"
+    ranks.run(_train, 1, [*TINY, "--data", corpus, "--steps", "2", "--out", str(out)])
+    shutil.copytree(out, tmp_path / "damaged")
+    broken = resume.saved(tmp_path / "damaged")[-1] / "__0_0.distcp"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    other.mkdir()
+    (other / "thesis.txt").write_text("ten years of work")
+    (tmp_path / "short").write_text("too short")
+    (tmp_path / "empty").touch()
+    new = ["--out", str(tmp_path / "new")]
+    cases = [
+        (["--data", "nowhere.txt", *new], "nowhere.txt: no such file"),
+        (["--data", str(tmp_path / "empty"), *new], "is empty"),
+        (["--data", str(tmp_path / "short"), *new], "too few"),
+        (["--data", corpus, "--batch-size", "7", "--microbatches", "2", *new], "multiple of 2"),
+        (["--data", corpus, "--dim", "30", "--heads", "4", *new], "multiple of 4"),
+        (["--data", corpus, "--steps", "0", *new], "at least 1"),
+        (["--data", corpus, "--steps", "many", *new], "invalid int value"),
+        (["--no-such-flag"], "unrecognized arguments"),
+        (["--resume", *new], "no checkpoint"),
+        (["--resume", "--dim", "64", "--out", str(out)], "dim = 32, this run has 64"),
+        (["--resume", "--data", __file__, "--out", str(out)], "saved with data"),
+        (["--resume", "--out", str(tmp_path / "damaged")], "is damaged"),
+        (["--data", corpus, "--out", str(other)], "no run"),
+        (["--data", corpus, "--out", corpus], "no run"),
+    ]
+    before = everything_in(tmp_path)
+    for argv, message in cases:
+        with pytest.raises(SystemExit) as ended:
+            train.main(argv)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        error = capsys.readouterr().err
+        assert ended.value.code == 2, (argv, error)
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error, (
+            argv,
+            error,
+        )
+        assert everything_in(tmp_path) == before, argv
+
+
+def test_train_bad_input_under_nproc_gives_one_error_line_too(tmp_path):
+    run = command("--nproc", "3", "--batch-size", "16", "--out", str(tmp_path / "new"))
+    assert run.returncode == 2 and not (tmp_path / "new").exists()
+    assert run.stderr.startswith(
+        "error: --batch-size 16 does not split into 3 parts, ranks x microbatches"
+    )
+    assert run.stderr.count("\n") == 1
+
+
+def test_train_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
+    gpt = GPT(Config(**SMALL))
+    muon_, adamw = train.build_optimizers(gpt, train.parse([]))[0]
+    names = {p: name for name, p in gpt.named_parameters()}
+    by_muon = {names[p] for group in muon_[0].param_groups for p in group["params"]}
+    by_adamw = {names[p] for group in adamw[0].param_groups for p in group["params"]}
+    assert by_muon == {n for n in names.values() if n.startswith("blocks.") and "norm" not in n}
+    assert by_adamw == set(names.values()) - by_muon and "embed.weight" in by_adamw
+
+
+def test_train_a_diverging_run_stops_with_an_error(ranks, corpus, tmp_path):
+    argv = [
+        *TINY,
+        "--data",
+        corpus,
+        "--steps",
+        "30",
+        "--optimizer",
+        "adamw",
+        "--lr",
+        "1e18",
+        "--clip",
+        "0",
+        "--out",
+        str(tmp_path / "nan"),
+    ]
+    with pytest.raises(AssertionError, match="lower --lr"):
+        ranks.run(_train, 1, argv)
+
+
+# ------------------------------------------------------------------ the house
+
+PARTS = {"rope", "flash_attn", "muon", "ddp", "data", "resume"}            # import no other file
+MAY_IMPORT = {name: set() for name in PARTS} | {
+    "model": {"rope", "flash_attn"}, "train": {"model", "muon", "ddp", "data", "resume"}}
+README = (HERE / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(MAY_IMPORT))
+def test_house_imports_go_downwards_and_files_stay_short(name):
+    source = (HERE / f"{name}.py").read_text()
+    tree = ast.parse(source)
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported = {module.split(".")[0] for module in imported}
+    assert imported & set(MAY_IMPORT) == MAY_IMPORT[name]
+    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "matplotlib"} | set(MAY_IMPORT)
+    assert imported <= allowed, imported - allowed
+    assert ast.get_docstring(tree)
+    assert source.count("\n") <= (300 if name in PARTS else 350)
+    assert max(len(line) for line in source.split("\n")) <= 100
+
+
+@pytest.mark.parametrize("name", sorted(PARTS))
+def test_house_a_file_copied_alone_proves_its_claims_and_draws_its_figure(name, tmp_path):
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    run = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True,
+                         text=True, timeout=200)
+    assert run.returncode == 0, run.stdout + run.stderr
+    claims = [line for line in run.stdout.split("\n") if line.startswith("ok ")]
+    assert len(claims) >= 3 and "FAIL" not in run.stdout, run.stdout
+    figure = tmp_path / "figures" / f"{name}.png"
+    assert figure.read_bytes()[:4] == b"\x89PNG" and figure.stat().st_size < 150_000
+    assert (HERE / "figures" / f"{name}.png").exists()
+
+
+def test_house_a_demo_whose_claim_is_false_exits_with_1(tmp_path):
+    source = (HERE / "data.py").read_text().replace("hidden[kind < 0.8]", "hidden[kind < 0.7]")
+    (tmp_path / "data.py").write_text(source)
+    run = subprocess.run([sys.executable, "data.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1 and "FAIL mlm: share of the targets shown as [MASK]" in run.stdout
+
+
+def test_house_every_copy_of_launch_is_the_same():
+    pattern = re.compile(r"# --- launch .*?# --- end launch ---", re.S)
+    copies = [pattern.search((HERE / f"{name}.py").read_text()) for name in PARTS]
+    copies = {found.group() for found in copies if found}
+    assert len(copies) == 1
+
+
+def test_house_the_readme_names_commands_that_exist():
+    commands = set(
+        re.findall(r"(?:python|train\.py|2) (\w+)\.py((?: --[\w-]+(?: [\w./]+)?)*)", README)
+    )
+    assert ("train", "") in commands and len(commands) > 8
+    helps = {}
+    for name, flags in commands:
+        if flags and name not in helps:
+            run = subprocess.run([sys.executable, str(HERE / f"{name}.py"), "--help"],
+                                 capture_output=True, text=True, timeout=60)
+            helps[name] = run.stdout
+        for flag in re.findall(r"--[\w-]+", flags):
+            assert f"{flag} " in helps[name] or f"{flag}\n" in helps[name], (name, flag)
+        assert (HERE / f"{name}.py").exists(), name
+
+
+def test_house_the_readmes_line_counts_and_figures_are_true():
+    rows = re.findall(r"^\| `(\w+)\.py` \|.*?\| (\d+) \|", README, re.M)
+    assert {name for name, _ in rows} == set(MAY_IMPORT)
+    for name, lines in rows:
+        assert int(lines) == (HERE / f"{name}.py").read_text().count("\n"), name
+    figures = re.findall(r"\((figures/\w+\.png)\)", README)
+    assert {f"figures/{name}.png" for name in PARTS} <= set(figures)
+    assert all((HERE / figure).exists() for figure in figures)
