@@ -93,8 +93,7 @@ class DDP(nn.Module):
         super().__init__()
         self.module, self.group, self.world_size = module, group, dist.get_world_size(group)
         self.overlap, self._accumulating = overlap, False
-        self._ready = set()                     # parameters with a complete gradient, until sync()
-        self._sent = []                         # (buffer, work) of the first buckets, until sync()
+        self._ready, self._sent = set(), []     # until sync(): complete gradients; (buffer, work)s
         if not bucket_mb > 0 or self.world_size < 1:
             raise ValueError(f"bucket_mb={bucket_mb} must be above 0, and this rank in the group")
         tensors = dict([*module.named_parameters(), *module.named_buffers()])
@@ -154,12 +153,13 @@ class DDP(nn.Module):
     @torch.no_grad()
     def _send_next(self):                       # one bucket: its gradients, then a flag for each
         bucket = self.buckets[len(self._sent)]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        used = [p.new_full((1,), p.grad is not None) for p in bucket]
-        # Sums are formed in a copy. p.grad is p's own, but the tensor a p.register_hook gets may be
-        # another parameter's too, or expanded from one element: never all-reduce that in place.
-        flat = torch.cat([t.reshape(-1) for t in grads + used])
-        flat.div_(self.world_size)              # once; before the sum, which fp16 might not hold
+        # In a copy: a tensor of autograd's may be another parameter's too, or expanded from one.
+        flat = bucket[0].new_empty(sum(p.numel() for p in bucket) + len(bucket))
+        *parts, used = flat.split([p.numel() for p in bucket] + [len(bucket)])
+        used.copy_(torch.tensor([p.grad is not None for p in bucket]))
+        for p, part in zip(bucket, parts):      # divide once; fp16 might not hold the sum
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.div(grad.reshape(-1), self.world_size, out=part)
         self._sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ broken) and must fail there: a check that cannot fail proves nothing.
 
 import ast
 import copy
+import faulthandler
 import importlib.util
 import json
 import math
@@ -51,12 +52,12 @@ def mutant(name, line, broken):
     """The file `name`.py as a module of its own, in which `broken` stands in place of `line`."""
     source = (HERE / f"{name}.py").read_text()
     assert source.count(line) == 1, f"{name}.py holds {line!r} {source.count(line)} times, not once"
-    folder = tempfile.mkdtemp()
-    path = pathlib.Path(folder, f"{name}_mutant.py")
-    path.write_text(source.replace(line, broken))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, f"{name}_mutant.py")
+        path.write_text(source.replace(line, broken))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -81,6 +82,7 @@ def _rank_loop(rank, pipe):
     torch.set_num_threads(1)
     while True:
         fn, args, world_size, path = pipe.recv()
+        faulthandler.dump_traceback_later(100)          # a hang shows where it hangs
         try:
             store = dist.FileStore(path, world_size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -89,6 +91,7 @@ def _rank_loop(rank, pipe):
             reply = ("error", f"rank {rank}: {traceback.format_exc()}")
         if dist.is_initialized():
             dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
         pipe.send(reply)
 
 
@@ -1234,7 +1237,7 @@ def test_ddp_gradients_equal_the_full_batch_with_unequal_rows_and_accumulation(r
 
 
 @pytest.mark.parametrize("line, broken", [
-    ("flat.div_(self.world_size) ", "flat.div_(1) "),
+    ("torch.div(grad.reshape(-1), self.world_size, out=part)", "part.copy_(grad.reshape(-1))"),
     ("self.broadcast(tensors.values())", "pass"),
     ("self._ready.issuperset(self.buckets[len(self._sent)])", "True"),
     ("return loss_sum * dist.get_world_size(group) / total", "return loss_sum / max(1, count)"),
@@ -2342,6 +2345,7 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--dim", "30", "--heads", "4", *new], "multiple of 4"),
         (["--data", corpus, "--steps", "0", *new], "at least 1"),
         (["--data", corpus, "--steps", "many", *new], "invalid int value"),
+        (["--data", corpus, "--device", "abacus", *new], "choose from"),
         (["--no-such-flag"], "unrecognized arguments"),
         (["--resume", *new], "no checkpoint"),
         (["--resume", "--dim", "64", "--out", str(out)], "dim = 32, this run has 64"),

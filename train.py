@@ -51,13 +51,13 @@ def build_optimizers(model, args):
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    betas, lr = (0.9, 0.95), args.lr or (0.02 if args.optimizer == "muon" else 0.002)
+    betas, lr = (0.9, 0.95), args.lr or (0.04 if args.optimizer == "muon" else 0.002)
     if args.optimizer == "adamw":
         groups = dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)
         adamw = torch.optim.AdamW(groups, lr, betas, fused=True)
         return [(adamw, lr)], f"AdamW (lr {lr:g}) for all tensors"
     adamw = torch.optim.AdamW(others, lr / 5, betas, weight_decay=0.0, fused=True)
-    return [(Muon(matrices, lr), lr), (adamw, lr / 5)], (
+    return [(Muon(matrices, lr, ns_steps=4), lr), (adamw, lr / 5)], (
         f"Muon (lr {lr:g}) for the {len(matrices)} matrices of the blocks, whole on every rank; "
         f"AdamW (lr {lr / 5:g}) for the other {len(others)} tensors")
 
@@ -276,33 +276,31 @@ def parse(argv):
     add = parser.add_argument
     add("--data", help="text file; default: the Python standard library's source")
     add("--objective", choices=("causal", "mlm"), default="causal", help="next or hidden bytes")
-    add("--layers", type=int, default=4)
-    add("--dim", type=int, default=256, help="width C of the model")
+    add("--layers", type=int, default=3)
+    add("--dim", type=int, default=128, help="width C of the model")
     add("--heads", type=int, default=4)
-    add("--kv-heads", type=int, help="key/value heads; default: as --heads")
+    add("--kv-heads", type=int, default=2, help="key/value heads, a divisor of --heads")
     add("--hidden", type=int, help="width inside the MLP; default: 4 C, for swiglu 8/3 C")
     add("--seq-len", type=int, default=256, help="bytes in a sequence")
     add("--mlp", choices=("swiglu", "gelu", "relu", "relu2"), default="swiglu")
     add("--dropout", type=float, default=0.0)
-    add("--steps", type=int, default=500)
-    add("--batch-size", type=int, default=16, help="sequences in a step, over all ranks")
+    add("--steps", type=int, default=900)
+    add("--batch-size", type=int, default=4, help="sequences in a step, over all ranks")
     add("--microbatches", type=int, default=1, help="parts in which a rank takes its share")
     add("--optimizer", choices=("muon", "adamw"), default="muon")
-    add("--lr", type=float, help="peak learning rate; default: 0.02 for muon, 0.002 for adamw")
+    add("--lr", type=float, help="peak learning rate; default: 0.04 for muon, 0.002 for adamw")
     add("--warmup", type=int, default=0, help="steps until the peak")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--seed", type=int, default=0)
-    cuda = torch.cuda.is_available()
-    add("--device", choices=("cpu", "cuda", "mps"), default="cuda" if cuda else "cpu")
+    here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu", "mps"]
+    add("--device", choices=here, default=here[0])
     add("--nproc", type=int, default=1, help="processes to start on this machine")
     add("--out", default="out", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--save-every", type=int, default=100, help="steps between checkpoints")
-    add("--eval-every", type=int, default=100, help="steps between validations")
-    add("--log-every", type=int, default=20, help="steps between log lines")
+    add("--save-every", type=int, default=150, help="steps between checkpoints")
+    add("--eval-every", type=int, default=300, help="steps between validations")
+    add("--log-every", type=int, default=50, help="steps between log lines")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not cuda:
-        raise ValueError("--device cuda: torch finds no CUDA here; use --device cpu")
     if args.resume:                                     # the run's own settings are the defaults
         if not resume.saved(args.out):
             raise ValueError(f"--resume: no checkpoint in {args.out}; start without --resume")
