@@ -234,14 +234,14 @@ class Trainer:
         say(f"weights crc32 {crc32:08x} on {self.world} rank(s); the run is in {self.out}/")
 
     def sample(self):
-        """causal: 400 new bytes. mlm: the first validation window, its hidden bytes filled in."""
+        """causal: 500 new bytes. mlm: the first validation window, its hidden bytes filled in."""
         if self.args.objective == "causal":
-            prompt = torch.tensor([[ord("\n")]], device=self.args.device)
-            tokens = self.model.generate(prompt, 400, temperature=0.7)
+            torch.manual_seed(self.args.seed)
+            prompt = torch.tensor([list(b"\n" if self.args.data else b"\ndef ")])
+            tokens = self.model.generate(prompt.to(self.args.device), 500, temperature=0.8)
         else:
             tokens = examples(self.val_windows, [0], "mlm")[0].to(self.args.device)
-            guess = self.model(tokens)[0][..., :MASK].argmax(-1)
-            tokens = torch.where(tokens == MASK, guess, tokens)
+            tokens = tokens.where(tokens != MASK, self.model(tokens)[0][..., :MASK].argmax(-1))
         text = bytes(tokens[0].tolist()).decode("utf-8", "replace")
         (self.out / "sample.txt").write_text(text)
         say(f"{' a sample of what it writes ':-^80}\n{text.strip()}\n{'':-^80}")
@@ -284,7 +284,7 @@ def parse(argv):
     add("--seq-len", type=int, default=256, help="bytes in a sequence")
     add("--mlp", choices=("swiglu", "gelu", "relu", "relu2"), default="swiglu")
     add("--dropout", type=float, default=0.0)
-    add("--steps", type=int, default=900)
+    add("--steps", type=int, default=1000)
     add("--batch-size", type=int, default=4, help="sequences in a step, over all ranks")
     add("--microbatches", type=int, default=1, help="parts in which a rank takes its share")
     add("--optimizer", choices=("muon", "adamw"), default="muon")
@@ -297,8 +297,8 @@ def parse(argv):
     add("--nproc", type=int, default=1, help="processes to start on this machine")
     add("--out", default="out", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--save-every", type=int, default=150, help="steps between checkpoints")
-    add("--eval-every", type=int, default=300, help="steps between validations")
+    add("--save-every", type=int, default=250, help="steps between checkpoints")
+    add("--eval-every", type=int, default=250, help="steps between validations")
     add("--log-every", type=int, default=50, help="steps between log lines")
     args = parser.parse_args(argv)
     if args.resume:                                     # the run's own settings are the defaults
