@@ -2225,7 +2225,8 @@ def test_train_the_gradient_check_notices(ranks, corpus, tmp_path, mutation):
 
 def test_train_learns_and_leaves_curve_sample_and_checkpoints(ranks, corpus, tmp_path):
     out = tmp_path / "run"
-    ranks.run(_train, 1, [*TINY, "--data", corpus, "--steps", "120", "--out", str(out)])
+    argv = [*TINY, "--data", corpus, "--steps", "120", "--save-every", "50", "--out", str(out)]
+    ranks.run(_train, 1, argv)
     losses = [r["loss"] for r in records(out)]
     text = open(corpus, "rb").read()
     counts = torch.bincount(torch.tensor(list(text))).double()

@@ -49,9 +49,9 @@ def say(text):
 def build_optimizers(model, args):
     """-> [(optimizer, its peak learning rate), ...], and the line that says which trains what."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    betas, lr = (0.9, 0.95), args.lr or (0.04 if args.optimizer == "muon" else 0.002)
+    others = [p for p in model.parameters() if not any(p is q for q in matrices)]
+    betas, lr = (0.9, 0.95), {"muon": 0.04, "adamw": 0.002}[args.optimizer]
+    lr = lr if args.lr is None else args.lr
     if args.optimizer == "adamw":
         groups = dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)
         adamw = torch.optim.AdamW(groups, lr, betas, fused=True)
