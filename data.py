@@ -77,6 +77,8 @@ class Windows:
             least = 2 * length if shuffle else length + 1
             raise ValueError(f"{len(text)} bytes of text are too few for windows of {length}: "
                              f"give at least {least} bytes or a shorter window")
+        if seed < 0:
+            raise ValueError(f"seed={seed}: must be 0 or more")
         self.epoch, self.starts = None, None
 
     def __getitem__(self, n):                                           # -> (T + 1,) uint8

@@ -2347,6 +2347,7 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--steps", "0", *new], "at least 1"),
         (["--data", corpus, "--steps", "many", *new], "invalid int value"),
         (["--data", corpus, "--device", "abacus", *new], "choose from"),
+        (["--data", corpus, "--seed", "-1", *new], "must be 0 or more"),
         (["--no-such-flag"], "unrecognized arguments"),
         (["--resume", *new], "no checkpoint"),
         (["--resume", "--dim", "64", "--out", str(out)], "dim = 32, this run has 64"),

@@ -99,19 +99,19 @@ class Trainer:
 
     def prepare(self):
         """Make --out ready. An earlier run there is moved aside: nothing is overwritten."""
-        lines = []
         if self.args.resume:                        # forget what was logged after the checkpoint
             lines = [line for line in self.log.read_text().splitlines(keepends=True)
                      if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
+            beside = self.log.with_suffix(".tmp")
+            beside.write_text("".join(lines))
+            os.replace(beside, self.log)
         elif self.log.exists():
             numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
             aside = next(path for path in numbered if not path.exists())
             os.replace(self.out, aside)
             say(f"kept   the earlier run in {self.out} as {aside}")
         self.out.mkdir(parents=True, exist_ok=True)
-        beside = self.log.with_suffix(".tmp")
-        beside.write_text("".join(lines))
-        os.replace(beside, self.log)
+        self.log.touch()
 
     def tensors(self):
         """All that a checkpoint holds, by names that do not depend on the number of processes."""
