@@ -11,24 +11,30 @@ Cost     FLOPs stay O(T^2 D): the same in the forward; 7 matrix products instead
          backward, which computes P = exp(s - lse) again. Memory beyond inputs and output: O(T), not
          O(T^2) (Dao 2022, theorem 1). A GPU gains speed because less crosses its main memory, HBM:
          Theta(T^2 D^2 / M) elements, M fitting on chip, not Theta(T D + T^2) (theorem 2). The tiles
-         here explain that and save the memory; a fused kernel is faster: SDPA (see --bench).
+         here explain that and save the memory; SDPA and flash_triton.py are fused, so faster.
 Paper    Dao et al. 2022, FlashAttention; Dao 2023, FlashAttention-2, algorithms 1 and 2; Milakov
          and Gimelshein 2018, online softmax. GPT-3 (May 2020) and PaLM (April 2022) came out
          before the first of Dao's papers (May 2022) and did not use it.
 Run      python flash_attn.py            claims and figures/flash_attn.png, about 6 s
-         python flash_attn.py --bench    milliseconds against SDPA, about 1 minute on a CPU
+         python flash_attn.py --bench    milliseconds and TFLOP/s of all backends
 Left out dropout, second derivatives, sliding windows, packed documents.
 """
 
 import argparse
+import itertools
 import math
 import pathlib
-import statistics
-import time
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend as Kind, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
+
+try:
+    import flash_triton                                     # the same algorithm as GPU kernels
+except ImportError:                                         # no Triton, or this file stands alone
+    flash_triton = None
 
 # Shape letters: B batch, H query heads, N key heads (N divides H), T positions (Tq queries, Tk
 # keys), D head dim, R rows of a query block = `block` positions of the H / N heads of one key head.
@@ -131,8 +137,9 @@ def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
     """q (B, H, Tq, D), k and v (B, N, Tk, D) -> (B, H, Tq, D) in q's dtype; scale None = D ** -0.5.
 
     Causal is aligned bottom-right: the last query sees every key, as decoding with a KV cache
-    needs. A query without keys gives 0. backend: "sdpa" (also None) or "torch", the tiles above,
-    of `block` positions. ValueError: shapes or dtypes that do not fit, unknown backend, block < 1.
+    needs. A query without keys gives 0. backend: "triton"; "torch", the tiles above, of `block`
+    positions; "sdpa"; None: triton for half precision on a GPU that it can use, else sdpa.
+    ValueError: shapes or dtypes that do not fit, unknown or impossible backend, block < 1.
     """
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -143,10 +150,15 @@ def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
         got = ", ".join(f"{n} {tuple(x.shape)} {x.dtype}" for n, x in zip("qkv", (q, k, v)))
         raise ValueError(f"{got} do not fit: pass q as (B, H, Tq, D), k and v as (B, N, Tk, D), "
                          "with H a multiple of N, all of one dtype")
-    if backend not in (None, "sdpa", "torch") or block < 1:
-        raise ValueError(f'{backend=}, {block=}: pass "sdpa", "torch" or None, and a block >= 1')
+    if backend not in (None, "triton", "sdpa", "torch") or block < 1:
+        raise ValueError(f'{backend=}, {block=}: pass triton, sdpa, torch or None; a block >= 1')
     (H, Tq, D), (N, Tk) = q.shape[1:], k.shape[1:3]
     scale = D ** -0.5 if scale is None else scale
+    if backend == "triton" and flash_triton is None:
+        raise ValueError('backend="triton" needs flash_triton.py beside this file, and Triton')
+    half = backend is None and q.is_cuda and q.element_size() == 2 and flash_triton is not None
+    if backend == "triton" or half and flash_triton.obstacle(q, k, v, scale) is None:
+        return flash_triton.attention(q, k, v, causal, scale)
     if backend == "torch":
         shift = Tk - Tq if causal else Tk                   # Tk: every query sees every key
         with torch.autocast(device, enabled=False):         # it would make the products bf16
@@ -161,8 +173,9 @@ def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
     return F.pad(o, (0, 0, blind, 0)) if blind else o
 
 
-METHODS = {"dense": attention_reference, "sdpa": flash_attention,
-           "tiles": lambda *qkv, **options: flash_attention(*qkv, backend="torch", **options)}
+METHODS = {"dense": attention_reference,
+           "tiles": lambda *qkv, **options: flash_attention(*qkv, backend="torch", **options),
+           "sdpa": lambda *qkv, **options: flash_attention(*qkv, backend="sdpa", **options)}
 
 
 def check(ok, claim, measured):
@@ -249,28 +262,39 @@ def demo():
 
 
 def bench():
-    """Causal attention, forward alone and with backward: median ms of SDPA and ratios to it."""
-    cuda = torch.cuda.is_available()
+    """Median ms, and TFLOP/s for 2 products, 7 with the backward, half of that if causal."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    cuda, methods, flex = torch.cuda.is_available(), dict(METHODS), torch.compile(flex_attention)
     options = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {}
-    for T in (1024, 4096, 8192) if cuda else (256, 1024, 4096):
-        qkv = inputs(1, 4, 4, T, T, 64, **options)
-        for train in (False, True):
-            times = {method: [] for method in METHODS}
-            for _ in range(6):                              # alternating; the first round warms up
-                for method, attend in METHODS.items():
-                    start = time.perf_counter()
-                    o = attend(*qkv)
-                    if train:
-                        torch.autograd.grad(o.sum(), qkv)
-                    if cuda:
-                        torch.cuda.synchronize()
-                    times[method].append(1e3 * (time.perf_counter() - start))
-            dense, sdpa, tiles = (statistics.median(record[1:]) for record in times.values())
-            print(f"T = {T:5}  {'with backward' if train else 'forward':13}  sdpa {sdpa:8.2f} ms  "
-                  f"dense x {dense / sdpa:.2f}  tiles x {tiles / sdpa:.2f}")
+    if cuda:
+        methods |= {"triton": lambda *qkv, causal: flash_attention(*qkv, causal, backend="triton"),
+                    "flex": lambda *qkv, causal: flex(*qkv, block_mask=mask if causal else None)}
+        for name, kind in ("cudnn", Kind.CUDNN_ATTENTION), ("fa2", Kind.FLASH_ATTENTION):
+            fused = sdpa_kernel(kind)(F.scaled_dot_product_attention)
+            methods[name] = lambda *qkv, causal, fused=fused: fused(*qkv, is_causal=causal)
+    for D, T, causal in itertools.product((64, 128), (1024, 2048, 4096, 8192, 16384) if cuda else
+                                          (256, 1024), (False, True)):
+        B, H = (16384 // T, 2048 // D) if cuda else (1, 4)
+        *qkv, do = *inputs(B, H, H, T, T, D, **options), torch.randn(B, H, T, D, **options)
+        mask = create_block_mask(lambda b, h, t, j: t >= j, None, None, T, T, do.device)
+        for name, attend in methods.items():
+            if T > 4096 and name in ("dense", "tiles"):     # too large, too slow
+                continue
+            line = f"D {D:3}  T {T:5}  {'causal' if causal else 'full':6}  {name:6}"
+            for phase, products in ("forward", 2), ("forward and backward", 7):
+                def run():
+                    o = attend(*qkv, causal=causal)
+                    if products == 7:
+                        torch.autograd.grad(o, qkv, do)
+                timer = Timer("run()", globals={"run": run})
+                timer.timeit(3)                             # compiles and warms up
+                ms = 1e3 * timer.blocked_autorange(min_run_time=0.3).median
+                tflop = products * 2e-12 * B * H * T * T * D / (1 + causal)
+                line += f"   {phase} {ms:8.3f} ms {1e3 * tflop / ms:7.3g} TFLOP/s"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bench", action="store_true", help="time against SDPA, in milliseconds")
+    parser.add_argument("--bench", action="store_true", help="ms and TFLOP/s of all backends")
     bench() if parser.parse_args().bench else demo()

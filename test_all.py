@@ -28,6 +28,10 @@ import traceback
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():       # then Triton's kernels run in its interpreter, which has
+    os.environ["TRITON_INTERPRET"] = "1"    # to be asked for before anything imports Triton
+
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
@@ -952,7 +956,7 @@ def test_flash_refuses_inputs_that_do_not_fit_and_says_what_would():
             ), what
         with pytest.raises(ValueError, match="block=0"):
             flash_attn.flash_attention(q, k, v, backend=backend, block=0)
-    with pytest.raises(ValueError, match="""backend='fast'.* pass "sdpa", "torch" or None"""):
+    with pytest.raises(ValueError, match="backend='fast'.* pass triton, sdpa, torch"):
         flash_attn.flash_attention(q, k, v, backend="fast")
 
 
@@ -962,6 +966,253 @@ def test_flash_sdpa_uses_the_fused_kernel_for_grouped_heads():
     with flash_attn.LargestTensor() as mode:
         flash_attn.flash_attention(*qkv, backend="sdpa").sum().backward()
     assert mode.nbytes == 4 * 8 * 256 * 16
+
+
+# ------------------------------------------------------------------ flash_triton.py
+# On a GPU these tests run the compiled kernels, elsewhere the same kernels in Triton's interpreter.
+
+flash_triton = flash_attn.flash_triton
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(flash_triton is None, reason="Triton is missing")
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+TRITON_SHAPES = FLASH_SHAPES + [(1, 1, 100, 100), (2, 1, 70, 97), (2, 1, 97, 70)]
+
+
+def triton_inputs(H, N, Tq, Tk, D=16, B=2, dtype=torch.float32, seed=0):
+    qkv = flash_inputs(H, N, Tq, Tk, D, B, torch.float64, seed)
+    return [x.detach().to(DEVICE, dtype).requires_grad_() for x in qkv]
+
+
+def results_and_exact(attend, qkv, do, causal=True, scale=None):
+    """(o, dq, dk, dv) of attend, and of the dense reference in float64."""
+    o = attend(*qkv, causal, scale)
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    want = flash_attn.attention_reference(*exact, causal, scale)
+    return ((o, *torch.autograd.grad(o, qkv, do)),
+            (want, *torch.autograd.grad(want, exact, do.double())))
+
+
+def check_triton_equals_dense(module, shapes=TRITON_SHAPES, D=16):
+    for H, N, Tq, Tk in shapes:
+        for causal, scale in (True, None), (False, 0.3):
+            qkv = triton_inputs(H, N, Tq, Tk, D)
+            do = torch.randn(qkv[0].shape, generator=seeded(1)).to(DEVICE)
+            got, want = results_and_exact(module.attention, qkv, do, causal, scale)
+            for name, g, w in zip(("o", "dq", "dk", "dv"), got, want):
+                assert g.dtype == torch.float32 and g.shape == w.shape
+                close(g, w, 1e-5, f"{name} {H=} {N=} {Tq=} {Tk=} {causal=}")
+            q, k, v = (x.detach() for x in qkv)
+            shift, factor = (Tk - Tq, 0.25) if causal else (Tk, 0.3)
+            lse = module.forward(q, k, v, shift, factor)[1]         # in units of q . k
+            s = factor * q.double() @ k.double().repeat_interleave(H // N, 1).mT
+            hidden = torch.ones_like(s, dtype=torch.bool).triu(shift + 1)
+            s = s.masked_fill(hidden, -math.inf).logsumexp(-1)
+            seen = s > -math.inf
+            if D == 16:                                             # whose default scale is 0.25
+                close((lse[:, :, :Tq] * factor)[seen], s[seen], 1e-5, "lse")
+            assert (lse[:, :, :Tq][~seen] == math.inf).all() and (lse[:, :, Tq:] == math.inf).all()
+
+
+@needs_triton
+def test_triton_kernels_equal_dense_attention_on_ragged_and_grouped_shapes():
+    check_triton_equals_dense(flash_triton)
+
+
+@needs_triton
+def test_triton_kernels_take_head_dims_that_are_no_power_of_two():
+    for D in (4, 24, 40):
+        check_triton_equals_dense(flash_triton, [(4, 2, 37, 37), (2, 2, 13, 50)], D)
+
+
+@needs_triton
+@pytest.mark.parametrize("what, line, broken", [
+    ("rescale of o", "v_j, o_i * rescale,", "v_j, o_i,"),
+    ("rescale of l", "l = l * rescale +", "l = l +"),
+    ("mask of the forward", "key <= tl.minimum(t + shift, Tk - 1)", "key <= Tk - 1"),
+    ("edge of the keys", "key <= tl.minimum(t + shift, Tk - 1)", "key <= t + shift"),
+    ("group of the forward", "k_j = k.load([b, h // group, j, 0])", "k_j = k.load([b, 0, j, 0])"),
+    ("mask of dk and dv", "row + (i - j - shift) <= col", "row + (i - j - shift) <= col + 1"),
+    ("mask of dq", "(col + (j - i - shift) <= row) &", "(col + (j - i - shift) <= row + 1) &"),
+    ("delta", "zero - delta_t", "zero"),
+    ("heads of a group", "for n in tl.range(count * group if", "for n in tl.range(count if"),
+    ("ln 2", "scale * 0.6931471805599453", "scale"),
+    ("lse of the rows without keys", 'tl.where(l == 0, float("inf"), (m', 'tl.where(l < 0, 0.0, (m'),
+    ("full tiles", "(Tk, i + shift + 1)) // cols * cols", "(Tk, i + rows + shift)) // cols * cols"),
+    ("scale", "exp2(tl.fma(s, scale, -m_new))", "exp2(s - m_new)"),
+])
+def test_the_triton_check_notices_a_wrong(what, line, broken):
+    shapes = [(6, 2, 37, 37), (4, 2, 70, 97), (4, 2, 97, 70)]
+    assert_caught(check_triton_equals_dense, mutant("flash_triton", line, broken), shapes)
+
+
+@needs_triton
+def test_triton_half_precision_errs_no_more_than_sdpa():
+    """Relative error against float64 from the same rounded inputs, causal and not."""
+    for dtype in (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,):
+        for causal in (True, False):
+            qkv = triton_inputs(4, 2, 150, 150, 32, dtype=dtype)
+            do = torch.randn(qkv[0].shape, generator=seeded(1)).to(DEVICE, dtype)
+
+            def sdpa(q, k, v, causal, scale):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+            errors = []
+            for attend in (flash_triton.attention, sdpa):
+                got, want = results_and_exact(attend, qkv, do, causal)
+                errors.append([((g.double() - w).norm() / w.norm()).item()
+                               for g, w in zip(got, want)])
+            for name, ours, theirs in zip(("o", "dq", "dk", "dv"), *errors):
+                assert ours <= 1.02 * theirs, f"{name} {dtype} {causal=}: {ours:.1e}, SDPA {theirs:.1e}"
+
+
+@needs_triton
+def test_triton_takes_slices_of_a_fused_projection_without_copying_them(monkeypatch):
+    B, T, H, N, D = 2, 37, 4, 2, 16
+    fused = torch.randn(B, T, (H + 2 * N) * D, generator=seeded()).to(DEVICE).requires_grad_()
+    q, k, v = (x.unflatten(2, (-1, D)).transpose(1, 2)
+               for x in fused.split([H * D, N * D, N * D], dim=2))
+    for x in (q, k, v):
+        assert flash_triton.tiles(x.detach(), 16).base.data_ptr() == x.data_ptr()
+    wide = torch.randn(B, H, T, 1, generator=seeded()).to(DEVICE).expand(B, H, T, D)    # stride 0
+    assert flash_triton.tiles(wide, 16).base.data_ptr() != wide.data_ptr()
+    o = flash_triton.attention(q, k, v)
+    assert o.transpose(1, 2).is_contiguous()                # the output projection copies nothing
+    got, = torch.autograd.grad(o.sum(), fused)              # the gradient of sum() has stride 0
+    want, = torch.autograd.grad(flash_attn.attention_reference(q, k, v).sum(), fused)
+    close(got, want, 1e-5, "fused projection")
+    odd = [torch.randn(B, n, T, D + 1, generator=seeded()).to(DEVICE)[..., 1:] for n in (H, N, N)]
+    close(flash_triton.attention(*odd), flash_attn.attention_reference(*odd), 1e-5, "odd strides")
+
+
+@needs_triton
+def test_triton_saves_q_k_v_o_lse_and_repeats_its_bits():
+    for T in (128, 256):
+        qkv = triton_inputs(6, 2, T, T, B=1)
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+            o = flash_triton.attention(*qkv)
+        nbytes = sum(t.untyped_storage().nbytes() for t in kept.values())
+        assert nbytes == 4 * T * 16 * (6 + 2 + 2 + 6) + 4 * T * 6
+        first = torch.autograd.grad(o.sum(), qkv, retain_graph=True)
+        second = torch.autograd.grad(o.sum(), qkv, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+    with pytest.raises(RuntimeError):                       # no second derivative: an error, no lie
+        dq, = torch.autograd.grad(flash_triton.attention(*qkv).square().sum(), qkv[0],
+                                  create_graph=True)
+        dq.sum().backward()
+
+
+@needs_triton
+def test_triton_stays_finite_with_logits_of_a_thousand_and_rows_without_keys():
+    for Tq, Tk in (37, 37), (40, 14):
+        qkv = triton_inputs(2, 2, Tq, Tk)
+        o = flash_triton.attention(*qkv, scale=1000.)
+        grads = torch.autograd.grad(o.sum(), qkv)
+        assert all(x.isfinite().all() for x in (o, *grads))
+        assert (o[:, :, :Tq - Tk] == 0).all() and (grads[0][:, :, :Tq - Tk] == 0).all()
+
+
+@needs_triton
+def test_triton_is_one_node_under_torch_compile_and_a_sound_operator():
+    qkv = triton_inputs(4, 2, 37, 37)
+
+    def block(q, k, v):
+        return flash_attn.flash_attention(q.sin(), k, v, backend="triton").cos()
+
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for a, b in zip((compiled(*qkv), *torch.autograd.grad(compiled(*qkv).sum(), qkv)),
+                    (block(*qkv), *torch.autograd.grad(block(*qkv).sum(), qkv))):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+    torch.library.opcheck(flash_triton.forward, (*qkv, 0, 0.25))
+    plain = [x.detach() for x in qkv]
+    o, lse = flash_triton.forward(*plain, 0, 0.25)
+    torch.library.opcheck(flash_triton.backward, (*plain, o, lse, torch.ones_like(o), 0, 0.25))
+
+
+@needs_triton
+def test_triton_runs_under_autocast():
+    q, k, v = triton_inputs(4, 2, 37, 37)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        o = flash_attn.flash_attention(q, k, v.half(), backend="triton")
+        assert o.dtype == torch.float16
+        grads = torch.autograd.grad(o.float().sum(), (q, k, v))
+    assert all(g.dtype == torch.float32 for g in grads)
+    close(o, flash_attn.attention_reference(q, k, v), 5e-3, "o under autocast")
+
+
+@needs_triton
+def test_triton_refuses_what_it_cannot_do_and_says_what_to_do(monkeypatch):
+    q, k, v = triton_inputs(4, 2, 5, 5)
+    for args, scale, message in (
+        ((q[0], k, v), None, "pass .B, H, Tq, D."),
+        ((q, k[:, :, :0], v[:, :, :0]), None, "none empty"),
+        ((q[:, :3], k, v), None, "N a divisor of H"),
+        ((q, k.half(), v), None, "pass one dtype"),
+        ((q.double(), k.double(), v.double()), None, "pass one dtype"),
+        ((q[..., :3], k[..., :3], v[..., :3]), None, "D = 3.*multiples of 16 bytes"),
+        ([x.repeat(1, 1, 1, 17) for x in (q, k, v)], None, "D = 272.*up to 256"),
+        ((q, k, v), -1.0, "scale > 0"),
+        ((q, k, v), math.nan, "scale > 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flash_triton.attention(*args, scale=scale)
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+            flash_triton.attention(*(x.bfloat16() for x in (q, k, v)))
+    with pytest.raises(ValueError, match="up to 256"):
+        flash_attn.flash_attention(q[..., :3], k[..., :3], v[..., :3], backend="triton")
+    monkeypatch.setattr(flash_attn, "flash_triton", None)
+    with pytest.raises(ValueError, match="needs flash_triton.py"):
+        flash_attn.flash_attention(q, k, v, backend="triton")
+
+
+def compile_in_a_fresh_process(code):
+    """The interpreter's variable would keep the kernels from being compiled."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, check=True,
+                          capture_output=True, text=True).stdout
+
+
+@needs_triton
+def test_triton_without_a_gpu_and_without_the_interpreter_is_refused():
+    assert DEVICE == "cuda" or "TRITON_INTERPRET=1" in compile_in_a_fresh_process(
+        "import torch, flash_triton; x = torch.ones(1, 1, 4, 16); "
+        "print(flash_triton.obstacle(x, x, x, 1.0))")
+
+
+@needs_triton
+def test_triton_compiler_report_sees_spills_where_a_tile_is_too_large():
+    """256 accumulator registers a thread cannot fit: dk and dv of 128 keys, D = 128, on 4 warps."""
+    out = compile_in_a_fresh_process(
+        "import flash_triton as f; f.TILES = {128: (None, (128, 64, 4, 2))}; "
+        "print(f.compiler_report(f.backward_kernel, 128, 1, keys=True)[1])")
+    assert int(out) > 100
+
+
+@needs_cuda
+@needs_triton
+def test_triton_memory_is_linear_up_to_64k_positions():
+    for T in (16384, 65536):
+        qkv = triton_inputs(1, 1, T, T, 64, B=1, dtype=torch.bfloat16)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        flash_triton.attention(*qkv).sum().backward()
+        assert torch.cuda.max_memory_allocated() - before <= 16 * T * 64 * 2
+
+
+@needs_cuda
+@needs_triton
+def test_triton_is_the_default_on_a_gpu_and_does_not_spill():
+    qkv = triton_inputs(4, 2, 64, 64, 64, dtype=torch.bfloat16)
+    o = flash_attn.flash_attention(*qkv)
+    assert torch.equal(o, flash_triton.attention(*qkv))
+    o.sum().backward()
+    for kernel in (flash_triton.forward_kernel, flash_triton.backward_kernel):
+        for D in (64, 128):
+            flash_triton.attention(*triton_inputs(4, 2, 64, 64, D, dtype=torch.bfloat16)).sum()
+        for cache in kernel.device_caches.values():
+            assert all(built.n_spills == 0 for built in cache[0].values())
 
 
 # ------------------------------------------------------------------ muon.py
@@ -2412,9 +2663,11 @@ def test_train_a_diverging_run_stops_with_an_error(ranks, corpus, tmp_path):
 
 # ------------------------------------------------------------------ the house
 
-PARTS = {"rope", "flash_attn", "muon", "ddp", "data", "resume"}            # import no other file
+PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "data", "resume"}
 MAY_IMPORT = {name: set() for name in PARTS} | {
+    "flash_attn": {"flash_triton"},                         # if it is there: a backend
     "model": {"rope", "flash_attn"}, "train": {"model", "muon", "ddp", "data", "resume"}}
+DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()
 
 
@@ -2427,7 +2680,7 @@ def test_house_imports_go_downwards_and_files_stay_short(name):
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported = {module.split(".")[0] for module in imported}
     assert imported & set(MAY_IMPORT) == MAY_IMPORT[name]
-    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "matplotlib"} | set(MAY_IMPORT)
+    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "matplotlib", "triton"} | set(MAY_IMPORT)
     assert imported <= allowed, imported - allowed
     assert ast.get_docstring(tree)
     assert source.count("\n") <= (300 if name in PARTS else 350)
@@ -2437,11 +2690,16 @@ def test_house_imports_go_downwards_and_files_stay_short(name):
 @pytest.mark.parametrize("name", sorted(PARTS))
 def test_house_a_file_copied_alone_proves_its_claims_and_draws_its_figure(name, tmp_path):
     shutil.copy(HERE / f"{name}.py", tmp_path)
-    run = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True,
-                         text=True, timeout=200)
+    if name == "flash_triton" and flash_triton is None:
+        pytest.skip("Triton is missing")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, env=env,
+                         capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stdout + run.stderr
     claims = [line for line in run.stdout.split("\n") if line.startswith("ok ")]
     assert len(claims) >= 3 and "FAIL" not in run.stdout, run.stdout
+    if name in DRAWS_NOTHING:
+        return
     figure = tmp_path / "figures" / f"{name}.png"
     assert figure.read_bytes()[:4] == b"\x89PNG" and figure.stat().st_size < 150_000
     assert (HERE / "figures" / f"{name}.png").exists()
@@ -2483,5 +2741,5 @@ def test_house_the_readmes_line_counts_and_figures_are_true():
     for name, lines in rows:
         assert int(lines) == (HERE / f"{name}.py").read_text().count("\n"), name
     figures = re.findall(r"\((figures/\w+\.png)\)", README)
-    assert {f"figures/{name}.png" for name in PARTS} <= set(figures)
+    assert {f"figures/{name}.png" for name in PARTS - DRAWS_NOTHING} <= set(figures)
     assert all((HERE / figure).exists() for figure in figures)
