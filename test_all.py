@@ -1036,7 +1036,7 @@ def test_triton_kernels_take_head_dims_that_are_no_power_of_two():
     ("delta", "zero - delta_t", "zero"),
     ("heads of a group", "for n in tl.range(count * group if", "for n in tl.range(count if"),
     ("ln 2", "scale * 0.6931471805599453", "scale"),
-    ("lse of the rows without keys", 'tl.where(l == 0, float("inf"), (m', 'tl.where(l < 0, 0.0, (m'),
+    ("lse without keys", 'tl.where(l == 0, float("inf"), (m', 'tl.where(l < 0, 0.0, (m'),
     ("full tiles", "(Tk, i + shift + 1)) // cols * cols", "(Tk, i + rows + shift)) // cols * cols"),
     ("scale", "exp2(tl.fma(s, scale, -m_new))", "exp2(s - m_new)"),
 ])
@@ -1062,7 +1062,7 @@ def test_triton_half_precision_errs_no_more_than_sdpa():
                 errors.append([((g.double() - w).norm() / w.norm()).item()
                                for g, w in zip(got, want)])
             for name, ours, theirs in zip(("o", "dq", "dk", "dv"), *errors):
-                assert ours <= 1.02 * theirs, f"{name} {dtype} {causal=}: {ours:.1e}, SDPA {theirs:.1e}"
+                assert ours <= 1.02 * theirs, f"{name} {dtype} {causal=}: {ours:.1e} > {theirs:.1e}"
 
 
 @needs_triton
@@ -2680,7 +2680,8 @@ def test_house_imports_go_downwards_and_files_stay_short(name):
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported = {module.split(".")[0] for module in imported}
     assert imported & set(MAY_IMPORT) == MAY_IMPORT[name]
-    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "matplotlib", "triton"} | set(MAY_IMPORT)
+    allowed = set(sys.stdlib_module_names) | set(MAY_IMPORT)
+    allowed |= {"torch", "numpy", "matplotlib", "triton"}
     assert imported <= allowed, imported - allowed
     assert ast.get_docstring(tree)
     assert source.count("\n") <= (300 if name in PARTS else 350)
