@@ -33,8 +33,8 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError as missing:
-    raise ImportError("flash_triton.py needs Triton 3.6 or newer: pip install triton") from missing
+except ImportError:
+    raise ImportError("flash_triton.py needs Triton 3.6 or newer: pip install triton") from None
 
 # Shape letters: B batch, H query heads, N key heads, group = H / N, T positions (Tq queries, Tk
 # keys), D head dim. A tile has `rows` of the side that stays and meets `cols` of the other.
