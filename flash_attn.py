@@ -267,7 +267,7 @@ def bench():
     cuda, methods, flex = torch.cuda.is_available(), dict(METHODS), torch.compile(flex_attention)
     options = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {}
     if cuda:
-        methods |= {"triton": lambda *qkv, causal: flash_attention(*qkv, causal, backend="triton"),
+        methods |= {"default": lambda *qkv, causal: flash_attention(*qkv, causal),  # or Triton
                     "flex": lambda *qkv, causal: flex(*qkv, block_mask=mask if causal else None)}
         for name, kind in ("cudnn", Kind.CUDNN_ATTENTION), ("fa2", Kind.FLASH_ATTENTION):
             fused = sdpa_kernel(kind)(F.scaled_dot_product_attention)
@@ -280,7 +280,7 @@ def bench():
         for name, attend in methods.items():
             if T > 4096 and name in ("dense", "tiles"):     # too large, too slow
                 continue
-            line = f"D {D:3}  T {T:5}  {'causal' if causal else 'full':6}  {name:6}"
+            line = f"D {D:3}  T {T:5}  {'causal' if causal else 'full':6}  {name:7}"
             for phase, products in ("forward", 2), ("forward and backward", 7):
                 def run():
                     o = attend(*qkv, causal=causal)

@@ -9,15 +9,14 @@
 Cost     HBM holds q k v o and lse: linear in T. The backward makes 7 tile products (s, dp twice);
          FlashAttention-2 makes 5 and adds dq up with atomics, in no fixed order: here each element
          is written once, the same bits in every run.
-Tuned    for Hopper: its copy engine, TMA, moves the tiles, its wgmma multiplies them, no register
-         spills up to D = 128. The demo compiles for it, without a GPU, and asks the binary.
+Built    for Hopper in half precision: its copy engine, TMA, moves the tiles, its wgmma multiplies
+         them, no register spills up to D = 128: the demo compiles, without a GPU, and counts.
 Paper    Dao 2023, FlashAttention-2, algorithms 1 and 2; Tillet et al. 2019, Triton.
 Run      python flash_triton.py          claims and what the compiler reports, about 15 s
          python flash_attn.py --bench    speed beside PyTorch's kernels, on a GPU
 Left out warp specialisation (FlashAttention-3), FP8, dropout, windows, second derivatives.
 """
 
-import functools
 import math
 import os
 import pathlib
@@ -48,7 +47,7 @@ def forward_kernel(q, k, v, o, lse, shift, scale, heads, group, Tq, Tk, pitch,
                    rows: tl.constexpr, cols: tl.constexpr, D: tl.constexpr):
     """`rows` queries of one head walk along its keys: full tiles first, then the masked ones."""
     blocks = tl.cdiv(Tq, rows)
-    i = (blocks - 1 - tl.program_id(0) % blocks) * rows     # causal: the longest walks start first
+    i = (blocks - 1 - tl.program_id(0) % blocks) * rows     # causal: a head's longest walk first
     head = tl.program_id(0) // blocks
     b, h = head // heads, head % heads
     t = i + tl.arange(0, rows)[:, None]
@@ -72,10 +71,10 @@ def forward_kernel(q, k, v, o, lse, shift, scale, heads, group, Tq, Tk, pitch,
             l = l * rescale + tl.sum(p, 1, keep_dims=True)
             o_i = tl.dot(p.to(v_j.dtype), v_j, o_i * rescale, input_precision="ieee")
             m = m_new
-    lse_i = tl.where(l == 0, float("inf"), (m + tl.log2(tl.maximum(l, 1))) / scale)
+    divisor = tl.where(l == 0, 1.0, l)                      # no key: o = 0, lse = inf, P = 0
+    lse_i = tl.where(l == 0, float("inf"), (m + tl.log2(divisor)) / scale)
     tl.store(lse + head.to(tl.int64) * pitch + t, lse_i, t < Tq)
-    o_i /= tl.maximum(l, 1)                                 # l >= 1, but 0 in a row without keys
-    o.store([b, h, i, 0], o_i.to(q_i.dtype).reshape(1, 1, rows, D))
+    o.store([b, h, i, 0], (o_i / divisor).to(q_i.dtype).reshape(1, 1, rows, D))
 
 
 @triton.jit
@@ -91,7 +90,7 @@ def backward_kernel(x, u, o, dx, du, y, w, lse, delta, shift, scale, heads, grou
     """
     blocks = tl.cdiv(Tx, rows)
     i = tl.program_id(0) % blocks * rows
-    i = i if keys else (blocks - 1) * rows - i              # causal: the longest walks start first
+    i = i if keys else (blocks - 1) * rows - i              # causal: a head's longest walk first
     head = tl.program_id(0) // blocks
     b, h = head // heads, head % heads
     x_i = x.load([b, h, i, 0]).reshape(rows, D)
@@ -114,8 +113,8 @@ def backward_kernel(x, u, o, dx, du, y, w, lse, delta, shift, scale, heads, grou
         first, last = (middle, end) if part else (start, middle)
         count = tl.cdiv(last - first, cols)                 # keys: for each head of the group, all
         for n in tl.range(count * group if keys else count):        # in one loop: nested ones spill
-            j = first + (n % count if keys else n) * cols
-            other = h * group + n // count if keys else h // group
+            j = first + (n % tl.maximum(count, 1) if keys else n) * cols
+            other = h * group + n // tl.maximum(count, 1) if keys else h // group
             y_j = y.load([b, other, j, 0]).reshape(cols, D)
             w_j = w.load([b, other, j, 0]).reshape(cols, D)
             if keys:
@@ -169,7 +168,7 @@ def outputs(q, *_):                                         # o, lse: whole tile
 
 
 # As operators of PyTorch the launches are opaque to torch.compile: one node each in its graph.
-@torch.library.custom_op(f"{__name__}::forward", mutates_args=())
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::forward", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, shift: int, scale: float) -> tuple[Tensor, Tensor]:
     (B, H, Tq, D), (N, Tk) = q.shape, k.shape[1:3]
     rows, cols, warps, stages = tiling(q, backward=False)
@@ -182,17 +181,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, shift: int, scale: float) -> tuple[
     return o, lse
 
 
-@torch.library.custom_op(f"{__name__}::backward", mutates_args=())
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::backward", mutates_args=())
 def backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, shift: int,
              scale: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols, warps, stages = tiling(q, backward=True)
     (dq, dk, dv), delta = map(like, (q, k, v)), torch.zeros_like(lse)
-    for x, u, y, w, dx, du in (q, do, k, v, dq, dq), (k, v, q, do, dk, dv):
+    for keys, x, u, y, w, dx, du in (False, q, do, k, v, dq, dq), (True, k, v, q, do, dk, dv):
         at = [*(tiles(z, rows) for z in (x, u, o, dx, du)), *(tiles(z, cols) for z in (y, w))]
         with torch.cuda.device_of(q):
             backward_kernel[(triton.cdiv(x.shape[2], rows) * x.shape[0] * x.shape[1],)](
                 *at, lse, delta, shift, scale / math.log(2), x.shape[1], q.shape[1] // k.shape[1],
-                x.shape[2], y.shape[2], lse.shape[2], rows, cols, at[0].block_shape[3], x is k,
+                x.shape[2], y.shape[2], lse.shape[2], rows, cols, at[0].block_shape[3], keys,
                 num_warps=warps, num_stages=stages)
     return dq, dk, dv
 
@@ -214,12 +213,14 @@ def obstacle(q, k, v, scale):
             and q.numel() and k.numel() and q.shape[1] % k.shape[1] == 0):
         return (f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: pass (B, H, Tq, D) "
                 "and twice (B, N, Tk, D), N a divisor of H, none empty")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        return f"{q.dtype}, {k.dtype}, {v.dtype}: pass one dtype of {DTYPES}"
-    if q.shape[3] > 256 or q.shape[3] * q.element_size() % 16 or not scale > 0:
-        return f"D = {q.shape[3]}, {scale=}: pad D to multiples of 16 bytes, up to 256; scale > 0"
+    if len({(x.dtype, x.device) for x in (q, k, v)}) > 1 or q.dtype not in DTYPES:
+        return f"{q.dtype}, {k.dtype}, {v.dtype}: pass one dtype of {DTYPES}, on one device"
+    if q.shape[3] > 256 or q.shape[3] * q.element_size() % 16:
+        return f"D = {q.shape[3]}: pad it to a multiple of 16 bytes, up to 256"
+    if not 0 < scale < math.inf:
+        return f"{scale=}: pass a positive one"
     if q.is_cuda and torch.cuda.get_device_properties(q.device).major not in (9, 10):
-        return "this GPU is neither a Hopper nor a Blackwell: use SDPA"
+        return "this GPU's compute capability is neither 9.x nor 10.x: use SDPA"
     if not q.is_cuda and (isinstance(forward_kernel, triton.JITFunction) or q.dtype == DTYPES[1]):
         return "no GPU: set TRITON_INTERPRET=1 (which multiplies bfloat16 wrongly), or use SDPA"
 
@@ -228,8 +229,7 @@ def attention(q, k, v, causal=True, scale=None):
     """q (B, H, Tq, D), k and v (B, N, Tk, D) -> (B, H, Tq, D); scale None = D ** -0.5. Causal: the
     last query sees every key; a query without keys gives 0. ValueError: see obstacle()."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    reason = obstacle(q, k, v, scale)
-    if reason:
+    if reason := obstacle(q, k, v, scale):
         raise ValueError(f"flash_triton: {reason}")
     return forward(q, k, v, k.shape[2] - (q.shape[2] if causal else 0), scale)[0]
 
@@ -270,18 +270,18 @@ def numbers(device="cpu", dtype=torch.float32, limit=1e-5):
         q, do = torch.randn(2, 2, 6, Tq, 32, device=device).to(dtype)
         k, v = torch.randn(2, 2, N, Tk, 32, device=device).to(dtype)
         seen = torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
-        dense = functools.partial(F.scaled_dot_product_attention, attn_mask=seen, enable_gqa=True)
+        dense = lambda *qkv: F.scaled_dot_product_attention(*qkv, seen, enable_gqa=True)
         results = []
         for attend, kind in (attention, dtype), (dense, torch.float64):
             qkv = [x.to(kind).detach().requires_grad_() for x in (q, k, v)]
             o = attend(*qkv)
             results.append([o.detach(), *torch.autograd.grad(o, qkv, do.to(kind))])
-        error = max(float((got - want).norm() / want.norm()) for got, want in zip(*results))
+        error = torch.stack([(a - b).norm() / b.norm() for a, b in zip(*results)]).max()
         check(error <= limit, f"o, dq, dk, dv = dense: {claim}", f"{error:.0e} (<= {limit:.0e})")
 
 
 def demo():
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(0).major in (9, 10):
         numbers("cuda", torch.bfloat16, limit=1e-2)
     else:                                   # a process of its own: triton.jit reads the variable
         subprocess.run([sys.executable, "-c", "import flash_triton; flash_triton.numbers()"],
