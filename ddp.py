@@ -43,9 +43,9 @@ def _rank(rank, fn, n, path, args):
         fn(*args)
         dist.destroy_process_group()
     except Exception:
-        sys.excepthook(*sys.exc_info())         # the traceback, then end at once: to leave the
-        sys.stdout.flush()                      # group in order could wait for ranks that wait
-        os._exit(1)                             # for this one
+        sys.stdout.flush()                      # what was printed, the traceback, and end at once:
+        sys.excepthook(*sys.exc_info())         # to leave the group in order could wait for ranks
+        os._exit(1)                             # that wait for this one
 
 
 def launch(fn, n, *args):
