@@ -1871,7 +1871,7 @@ def work(rows):
     print(f"sum {total[0].item()} of {dist.get_world_size()}, {threads} thread", flush=True)
 
 def fail():
-    print("pid", os.getpid())                  # not flushed: launch has to
+    print(f"pid {os.getpid()}")                # not flushed: launch has to
     if dist.get_rank() == 1:
         dist.all_reduce(torch.ones(10**6), async_op=True)       # never joined by the other ranks
         raise KeyError("the cause")
@@ -1889,8 +1889,10 @@ if __name__ == "__main__":
 def test_launch_runs_all_ranks_and_a_rank_that_fails_ends_all_in_seconds(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(DDP_JOB)
-    job = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": str(HERE)},
-                         capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    env.pop("PYTHONUNBUFFERED", None)           # with it, the words of two ranks mix in one line
+    job = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True,
+                         timeout=120)
     counts = job.stdout.count("sum 2.0 of 2, 1 thread"), job.stdout.count("sum 1.0 of 1, 1 thread")
     assert counts == (2, 1), job.stdout
     assert job.returncode == 1 and "KeyError: 'the cause'" in job.stderr, job.stderr
