@@ -67,7 +67,7 @@ def forward_kernel(q, k, v, o, lse, shift, scale, heads, group, Tq, Tk, pitch,
                 s = tl.where(key <= tl.minimum(t + shift, Tk - 1), s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1, keep_dims=True) * scale)
             p = tl.exp2(tl.fma(s, scale, -m_new))
-            rescale = tl.exp2(m - m_new)                    # merge(): (m, l, o) now refer to m_new
+            rescale = tl.exp2(m - m_new)                    # l and o referred to m, now to m_new
             l = l * rescale + tl.sum(p, 1, keep_dims=True)
             o_i = tl.dot(p.to(v_j.dtype), v_j, o_i * rescale, input_precision="ieee")
             m = m_new
