@@ -6,6 +6,7 @@ broken) and must fail there: a check that cannot fail proves nothing.
 """
 
 import ast
+import contextlib
 import copy
 import faulthandler
 import importlib.util
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,6 +40,7 @@ if not HOPPER_OR_BLACKWELL:             # then our Triton kernels run in its int
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -48,6 +51,7 @@ import muon
 import resume
 import rope
 import train
+import zero
 from model import GPT, Config
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -1922,6 +1926,441 @@ def test_launch_joins_the_processes_of_torchrun(tmp_path):
     )
     assert job.returncode == 0, job.stderr
     assert job.stdout.count("sum 2.0 of 2") == 2, job.stdout
+
+
+# ------------------------------------------------------------------ zero.py
+
+def zero_version(change):
+    """zero.py itself, or, for the mutation tests, with (line, broken line) exchanged."""
+    return mutant("zero", *change) if change else zero
+
+
+class ZeroBlock(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.linear, self.slope = nn.Linear(inputs, outputs), nn.PReLU()    # slope: one element
+
+    def forward(self, x):
+        return self.slope(self.linear(x)).tanh()
+
+
+class ZeroNet(nn.Module):
+    """Rows (B, 7) -> their loss, a sum. No number of ranks divides its blocks; with parameters
+    tied over two blocks, frozen, and unused; a buffer; and, if asked, recomputed blocks."""
+
+    def __init__(self, recompute=None):
+        super().__init__()
+        torch.manual_seed(0)
+        sizes, self.recompute = ((7, 5), (5, 5), (5, 5), (5, 3)), recompute
+        self.blocks = nn.ModuleList(ZeroBlock(*size) for size in sizes)
+        self.blocks[2].linear.weight = self.blocks[1].linear.weight
+        self.blocks[1].linear.bias.requires_grad_(False)
+        self.unused, self.scale = nn.Linear(2, 3), nn.Parameter(torch.ones(1))
+        self.register_buffer("offset", torch.full((3,), 0.5))
+        self.double()
+
+    def forward(self, x):
+        for block in self.blocks:
+            if self.recompute is None:
+                x = block(x)
+            else:
+                x = torch_checkpoint(block, x, use_reentrant=self.recompute == "reentrant")
+        return (x * self.scale + self.offset).square().sum()
+
+
+def zero_rows(count, step):
+    rows = torch.randn(count, 7, generator=seeded(step), dtype=torch.float64)
+    return rows.requires_grad_()                # so that a reentrant checkpoint has something to do
+
+
+def zero_reference(optimizer_cls, steps, count, **kwargs):
+    """One process reads all rows -> its net, the norms of its gradients."""
+    net, norms = ZeroNet(), []
+    optimizer = optimizer_cls(net.parameters(), **kwargs)
+    for step in range(steps):
+        for p in net.parameters():              # zero.py: a parameter without gradient has 0
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        (net(zero_rows(count, step)) / count).backward()
+        norms.append(nn.utils.clip_grad_norm_(net.parameters(), 0.5))
+        optimizer.step()
+    return net, norms
+
+
+def zero_steps(model, steps, count, microbatches=2):
+    """The same steps on all ranks, which share `count` rows -> the norms."""
+    rank, n, norms = dist.get_rank(), dist.get_world_size(), []
+    for step in steps:
+        parts = zero_rows(count, step).chunk(n)[rank].chunk(microbatches)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last else model.no_sync():
+                (model(part) / (count / n)).backward()
+        norms.append(model.clip_grad_norm_(0.5))
+        model.step()
+        model.zero_grad()
+    return norms
+
+
+ZERO_OPTIMIZERS = (("SGD", dict(lr=0.5)), ("SGD", dict(lr=0.5, momentum=0.9, weight_decay=0.1)),
+                   ("AdamW", dict(lr=0.1)), ("RMSprop", dict(lr=0.01)))
+
+
+def _zero_equals_one_process(change=None):
+    m, count = zero_version(change), 4 * dist.get_world_size()
+    for optimizer, kwargs in ZERO_OPTIMIZERS:
+        optimizer_cls = getattr(torch.optim, optimizer)
+        net, norms = zero_reference(optimizer_cls, 3, count, **kwargs)
+        for stage, microbatches in itertools.product(range(4), (1, 2)):
+            model = m.Zero(ZeroNet(), stage, optimizer_cls, **kwargs)
+            got = zero_steps(model, range(3), count, microbatches)
+            state = model.full_state_dict()
+            for name, p in net.named_parameters():
+                close(state[f"model.{name}"], p, 1e-12, f"stage {stage} {optimizer} {name}")
+            close(torch.stack(got), torch.stack(norms), 1e-12, f"stage {stage} gradient norms")
+            for name, t in state.items():
+                assert gathered_equal(t), f"stage {stage}: ranks differ in {name}"
+        moved = (net.scale - ZeroNet().scale).abs().max()
+        assert moved > 0.01 and norms[0] > 0.5, "vacuous: nothing moved, or nothing was clipped"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_zero_every_stage_equals_one_process_with_accumulation_and_clipping(ranks, n):
+    ranks.run(_zero_equals_one_process, n)
+
+
+ZERO_MUTANTS = {
+    "a sum instead of the mean": (".div_(self.world)", ""),
+    "the remainder of a division forgotten": (
+        "self.sent = self.lay_out(grads)", "self.sent = self.lay_out(grads)\n        "
+        "self.sent[self.count // self.world * self.world:] = 0"),
+    "only the last microbatch": ("mean if self.grad is None else self.grad + mean", "mean"),
+    "the norm of this rank's part": ("dist.all_reduce(total, group=self.group)", "pass"),
+    "units that backward did not reach": (
+        "while self.next > 0 or any(p.grad is not None for p in self.trained):", "while False:"),
+    "weights not gathered after the step": ("if self.stage < 3:\n            self.gather()",
+                                            "if False:\n            self.gather()")}
+
+
+@pytest.mark.parametrize("name", ZERO_MUTANTS)
+def test_zeros_check_against_one_process_notices(ranks, name):
+    with pytest.raises(AssertionError, match="max error"):
+        ranks.run(_zero_equals_one_process, 3, ZERO_MUTANTS[name])
+
+
+def test_zeros_check_against_one_process_notices_weights_not_gathered_for_backward(ranks):
+    broken = ("t.register_hook(functools.partial(self._before, i))", "pass")
+    with pytest.raises(AssertionError, match="max error|out of bounds|without a word|storage"):
+        ranks.run(_zero_equals_one_process, 2, broken)
+
+
+def zero_mixed_reference(dtype, steps, n, count):
+    """One process: float32 weights, and n copies in `dtype`, one for the rows of each rank."""
+    masters = ZeroNet().float()
+    trained = [p for p in masters.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    for step in range(steps):
+        copies = [copy.deepcopy(masters).to(dtype) for _ in range(n)]
+        for net, rows in zip(copies, zero_rows(count, step).to(dtype).chunk(n)):
+            (net(rows) / (count / n)).backward()
+        each = [[p.grad for p in net.parameters() if p.requires_grad] for net in copies]
+        for p, *grads in zip(trained, *each):
+            grads = [torch.zeros_like(p, dtype=dtype) if g is None else g for g in grads]
+            p.grad = torch.stack(grads).float().mean(0).to(dtype).float()
+        optimizer.step()
+    return masters
+
+
+def _zero_mixed(change=None):
+    m, n = zero_version(change), dist.get_world_size()
+    for dtype in torch.bfloat16, torch.float16:
+        want = dict(zero_mixed_reference(dtype, 3, n, 4 * n).named_parameters())
+        for stage, offload in itertools.product(range(4), (False, True)):
+            model = m.Zero(ZeroNet().float(), stage, torch.optim.AdamW, compute_dtype=dtype,
+                           offload=offload, lr=0.01)
+            for step in range(3):
+                (model(zero_rows(4 * n, step).chunk(n)[dist.get_rank()]) / 4).backward()
+                model.step()
+                model.zero_grad()
+            state = model.full_state_dict()
+            for name, p in want.items():
+                assert state[f"model.{name}"].dtype == torch.float32
+                close(state[f"model.{name}"], p, 1e-6, f"stage {stage} {dtype} {name}")
+    # In float16 the sum of two ranks' gradients would be 80000: more than it can hold.
+    torch.manual_seed(0)
+    model = m.Zero(nn.Linear(1, 3, bias=False), 2, torch.optim.SGD, compute_dtype=torch.float16,
+                   lr=1.0)
+    before = model.full_state_dict()["model.weight"]
+    model(torch.full((1, 1), 40000.0)).sum().backward()
+    norm = model.clip_grad_norm_(math.inf, loss_scale=4.0)
+    close(norm, torch.tensor(10000 * 3 ** 0.5), 1e-3, "norm without the loss scale")
+    model.step()
+    close(before - model.full_state_dict()["model.weight"], torch.full((3, 1), 1e4), 1e-2, "step")
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_zero_mixed_precision_equals_a_one_process_reference(ranks, n):
+    ranks.run(_zero_mixed, n)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("sum(0, dtype=wide)", "sum(0)"),
+    ("exact.to(torch.promote_types(exact.dtype, torch.float32))", "exact.to(compute_dtype)")])
+def test_zeros_mixed_precision_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="max error|dtype"):
+        ranks.run(_zero_mixed, 2, (line, broken))
+
+
+def _zero_recomputes():
+    """Recomputed blocks, an evaluation in between, the GPT, two forwards before a backward."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    net, _ = zero_reference(torch.optim.SGD, 2, 4 * n, lr=0.5)
+    for stage, recompute in itertools.product(range(4), ("reentrant", "saved tensors hooks")):
+        model = zero.Zero(ZeroNet(recompute), stage, torch.optim.SGD, lr=0.5)
+        for step in range(2):
+            zero_steps(model, [step], 4 * n)
+            with torch.no_grad():
+                value = model(zero_rows(3, 9))
+        state = model.full_state_dict()
+        for name, p in net.named_parameters():
+            close(state[f"model.{name}"], p, 1e-12, f"stage {stage} {recompute} {name}")
+        close(value, net(zero_rows(3, 9)), 1e-12, "evaluation")
+        if stage == 3:
+            assert all(u.full.untyped_storage().size() == 0 for u in model.units), "not freed"
+    config = Config(vocab_size=11, seq_len=8, layers=2, dim=12, heads=2, hidden=10, tied=True)
+    x, y = torch.randint(11, (2, 2 * n, 8), generator=seeded())
+    gpt = GPT(config).double()
+    gpt(x, y)[1].backward()
+    want = {name: p - 0.1 * p.grad for name, p in gpt.named_parameters()}
+    for stage in range(4):
+        model = zero.Zero(GPT(config).double(), stage, torch.optim.SGD, lr=0.1)
+        losses = [model(x.chunk(n)[rank][i:i + 1], y.chunk(n)[rank][i:i + 1])[1] for i in (0, 1)]
+        (sum(losses) / 2).backward()
+        model.step()
+        state = model.full_state_dict()
+        for name, p in want.items():
+            close(state[f"model.{name}"], p, 1e-12, f"GPT stage {stage} {name}")
+        assert len(model.module.generate(x[:1, :3], 4, temperature=0)[0]) == 7
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_zero_works_with_recomputation_evaluation_and_the_gpt(ranks, n):
+    ranks.run(_zero_recomputes, n)
+
+
+def zero_counted(module, run):
+    """-> what `run` sends on this rank: [(collective, its output's elements), ...]."""
+    calls, n = [], dist.get_world_size()
+
+    def counted(name, collective):
+        def call(output, *args, **kwargs):
+            calls.append((name, output.numel()))
+            return collective(output, *args, **kwargs)
+        return call
+
+    with mock.patch.object(module, "all_gather", counted("gather", module.all_gather)), \
+            mock.patch.object(dist, "all_to_all_single", counted("reduce", dist.all_to_all_single)):
+        run()
+    return calls
+
+
+def _zero_traffic(change=None):
+    """What is sent and when, what is freed; and that recomputation gathers nothing more."""
+    m = zero_version(change)
+    for stage, recompute in itertools.product(range(4), (None, "reentrant", "saved tensors hooks")):
+        model = m.Zero(ZeroNet(recompute), stage, torch.optim.SGD, lr=0.5)
+        size = {unit: len(unit.full) for unit in model.units}
+        rows, everything = zero_rows(2, dist.get_rank()), sum(size.values())
+        reached = everything - size[model.units[-1]]            # the rest holds `unused`
+
+        ahead, blocks = [], model.module.blocks
+
+        def underway(unit):
+            ahead.append(unit.full.untyped_storage().size() > 0)
+
+        def accumulate():
+            with model.no_sync():
+                model(rows).backward()
+            blocks[0].linear.register_forward_hook(lambda *_: underway(model.units[1]))
+            last = blocks[3].linear.weight
+            last.register_post_accumulate_grad_hook(lambda _: underway(model.units[2]))
+
+        def backward():
+            model(rows).backward()
+
+        calls = [zero_counted(m, run) for run in (accumulate, backward, model.step)]
+        reduced, gathered = ([sum(count for kind, count in part if kind == name) for part in calls]
+                             for name in ("reduce", "gather"))
+        waiting = everything - reached          # until the next forward or step
+        first = [reached, waiting + reached] if stage >= 2 else [0, reached]
+        assert reduced == [*first, waiting], f"stage {stage}: {reduced}"
+        if stage == 3:
+            assert gathered == [2 * everything, 2 * everything, 0], gathered
+            assert ahead[:2] == [True, True], f"the next unit is not on its way: {ahead}"
+            assert not any(unit.full.untyped_storage().size() for unit in model.units), "not freed"
+        else:
+            assert sum(gathered) == everything, gathered
+        assert stage < 2 or all(p.grad is None for p in model.parameters()), "gradients are whole"
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_zero_sends_in_backward_gathers_ahead_and_frees(ranks, n):
+    ranks.run(_zero_traffic, n)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("self.units[ahead].gather()", "pass"), ("self.in_flight.free()", "pass"),
+    ("if self.accumulating and self.stage < 2:", "if False:"),
+    ("if in_backward():\n            return", "if False:\n            return")])
+def test_zeros_traffic_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="assert "):
+        ranks.run(_zero_traffic, 2, (line, broken))
+
+
+def _zero_bytes(change=None):
+    """What a rank holds, by formula, padding included: after a step, and after loading a state."""
+    m, n = zero_version(change), dist.get_world_size()
+    for kinds, stage in itertools.product(((4, 4, 8), (2, 2, 12)), range(4)):
+        dtype = torch.bfloat16 if kinds[0] == 2 else None
+
+        def build():
+            torch.manual_seed(0)
+            return m.Zero(nn.Sequential(nn.Linear(40, 33), nn.Linear(33, 1)), stage,
+                          torch.optim.AdamW, compute_dtype=dtype)
+        first = build()
+        first(torch.ones(2, 40)).sum().backward()
+        first.step()
+        first.zero_grad()
+        second = build()
+        second.load_full_state_dict(first.full_state_dict())
+        sizes = [40 * 33 + 33, 33 + 1]
+        part, whole = (sum(-(-size // n) * times for size in sizes) for times in (1, n))
+        part = part if stage > 0 and n > 1 else whole
+        for model in first, second:
+            with model.no_sync():
+                model(torch.ones(2, 40)).sum().backward()
+            if stage >= 2:
+                model.sync()
+            want = [kinds[0] * (part if stage == 3 else whole),
+                    kinds[1] * (part if stage >= 2 else sum(sizes)),
+                    kinds[2] * part + 4 * len(sizes)]           # 4: Adam's number of steps
+            assert m.held(model) == want, f"{dtype} stage {stage}: {m.held(model)}, not {want}"
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_zero_holds_the_bytes_of_the_formula_to_the_byte(ranks, n):
+    ranks.run(_zero_bytes, n)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("self.full.untyped_storage().resize_(0)", "pass"),
+    ("return part.clone()", "return part")])
+def test_zeros_byte_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="stage"):
+        ranks.run(_zero_bytes, 3, (line, broken))
+
+
+def _zero_save(stage, optimizer, kwargs):
+    model = zero.Zero(ZeroNet(), stage, getattr(torch.optim, optimizer), **kwargs)
+    zero_steps(model, range(2), 12)
+    return model.full_state_dict()
+
+
+def _zero_go_on(state, stage, optimizer, kwargs):
+    model = zero.Zero(ZeroNet(), stage, getattr(torch.optim, optimizer), **kwargs)
+    model.load_full_state_dict(state)
+    again = model.full_state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
+    zero_steps(model, [2], 12)
+    return model.full_state_dict()
+
+
+def test_zero_states_move_between_stages_and_numbers_of_ranks(ranks):
+    for optimizer, kwargs in ZERO_OPTIMIZERS[1:3]:
+        net, _ = zero_reference(getattr(torch.optim, optimizer), 3, 12, **kwargs)
+        for (n, stage), (m, other) in (((3, 3), (2, 1)), ((2, 2), (1, 0)), ((1, 1), (3, 2)),
+                                       ((4, 0), (3, 3))):
+            state = ranks.run(_zero_save, n, stage, optimizer, kwargs)[0]
+            assert state["optimizer.scale." + ("step" if optimizer == "AdamW" else
+                                               "momentum_buffer")].abs().sum() > 0
+            for got in ranks.run(_zero_go_on, m, state, other, optimizer, kwargs):
+                for name, p in net.named_parameters():
+                    what = f"{optimizer}: {n} ranks, stage {stage}, then {m}, {other}: {name}"
+                    close(got[f"model.{name}"], p, 1e-12, what)
+                close(got["model.offset"], net.offset, 0, "a buffer")
+
+
+def _zero_refuses():
+    rank, n = dist.get_rank(), dist.get_world_size()
+
+    def refused(match, *args, module=None, **kwargs):
+        module = ZeroNet() if module is None else module
+        before = copy.deepcopy(module)
+        with pytest.raises(ValueError, match=match):
+            zero.Zero(module, *args, **kwargs)
+        for p, q in zip(module.parameters(), before.parameters()):
+            assert torch.equal(p, q), "a refused module was changed"
+
+    adamw = torch.optim.AdamW
+    refused("stage=5: pick 0, 1, 2 or 3", 5, adamw)
+    refused("stage=4: pick", 4 if rank == 1 else 2, adamw)          # one rank alone: all raise
+    refused("compute_dtype=torch.int8: pick", 1, adamw, compute_dtype=torch.int8)
+    refused("Muon may look at whole matrices|Muon: ", 1, muon.Muon)
+    refused("Adafactor may look at whole matrices", 1, torch.optim.Adafactor)
+    refused("LBFGS may look at whole matrices", 3, torch.optim.LBFGS)
+    refused("AdamW: Invalid learning rate: -1", 2, adamw, lr=-1)
+    refused("AdamW: .*unexpected keyword argument 'momentum'", 2, adamw, momentum=0.9)
+    refused("already: give the one inside", 1, adamw, module=zero.Zero(ZeroNet(), 0, adamw).module)
+    refused("already: give the one inside", 1, adamw, module=ddp.DDP(ZeroNet()))
+    refused("already", 1, adamw, module=nn.parallel.DistributedDataParallel(nn.Linear(2, 2)))
+    refused(r"none of shape \(\) but \(1,\)", 1, adamw, module=ddp_net(0))
+    refused("of one dtype", 1, adamw, module=nn.Sequential(ZeroNet(), nn.Linear(2, 2)))
+    refused("parameters to train", 1, adamw, module=nn.Linear(2, 2).requires_grad_(False))
+    refused("ranks 0 and 1 differ in .*stage=", 1 + (rank == 1), adamw)
+    torch.manual_seed(rank)
+    refused("ranks 0 and 1 differ in .*crc32.* from one seed", 1, adamw, module=nn.Linear(2, 2))
+    other = nn.Linear(2, 2 + (rank == 2))
+    nn.init.zeros_(other.weight)
+    nn.init.zeros_(other.bias)
+    refused(r"ranks 0 and 2 differ in .*\(2,\)", 1, adamw, module=other)
+
+    model = zero.Zero(ZeroNet(), 2, adamw)
+    zero_steps(model, [0], 12)
+    state = model.full_state_dict()
+    for name, tensor, match in (
+            ("model.scale", None, "model.scale has shape .* in the model, None"),
+            ("model.scale", torch.ones(2), "build the model that the state is of"),
+            ("model.other", torch.ones(2), "model.other has shape None"),
+            ("optimizer.scale.exp_avg", None, "optimizer.scale.exp_avg")):
+        broken = {key: t for key, t in state.items() if key != name}
+        broken |= {} if tensor is None else {name: tensor}
+        with pytest.raises(ValueError, match=match):
+            model.load_full_state_dict(broken)
+        assert all(torch.equal(t, state[k]) for k, t in model.full_state_dict().items())
+    weights = {k: torch.zeros_like(t) for k, t in state.items() if k.startswith("model.")}
+    model.load_full_state_dict(weights)
+    after = model.full_state_dict()
+    assert all(torch.equal(after[k], weights.get(k, t)) for k, t in state.items())
+
+
+def test_zero_refuses_bad_input_on_all_ranks_and_changes_nothing(ranks):
+    ranks.run(_zero_refuses, 3)
+
+
+def _zero_in_a_group():
+    rank, pair = dist.get_rank(), dist.new_group([1, 2])
+    for stage in range(4 if rank else 0):
+        net = nn.Linear(3, 1, bias=False).requires_grad_(True)
+        nn.init.zeros_(net.weight)
+        model = zero.Zero(net, stage, torch.optim.SGD, group=pair, lr=1.0)
+        model(torch.full((1, 3), float(rank))).sum().backward()
+        close(model.clip_grad_norm_(math.inf), torch.tensor(1.5 * 3 ** 0.5), 1e-6, "norm")
+        model.step()
+        weight = model.full_state_dict()["model.weight"]
+        close(weight, torch.full((1, 3), -1.5), 0.0, f"stage {stage}: mean of ranks 1 and 2")
+
+
+def test_zero_in_a_group_averages_over_the_group(ranks):
+    ranks.run(_zero_in_a_group, 3)
 
 
 # ------------------------------------------------------------------ data.py
