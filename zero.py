@@ -186,9 +186,9 @@ class Zero(nn.Module):
 
     The gradients are means over the ranks of `group` (None: all), which use the same parameters.
     compute_dtype: of weights, gradients and floating inputs (None: as they are). offload: what the
-    optimizer needs lives on the CPU, and is stepped there. A missing gradient counts as 0; frozen
-    parameters stay whole. Learning rates: .optimizer.param_groups. Weights: .full_state_dict().
-    ValueError, on all ranks: what problem_of() and refuse() find."""
+    optimizer needs lives on the CPU, and is stepped there. A missing gradient counts as 0. Frozen
+    parameters stay whole, in compute_dtype. Learning rates: .optimizer.param_groups. Weights:
+    .full_state_dict(). ValueError, on all ranks: what problem_of() and refuse() find."""
 
     def __init__(self, module, stage, optimizer_cls, group=None, compute_dtype=None, offload=False,
                  **optimizer_kwargs):
@@ -203,6 +203,9 @@ class Zero(nn.Module):
             owner[p] = block if owner.get(p, block) == block else ""    # "": in no block, or in two
         self.names = {t: name for name, t in [*module.named_parameters(), *module.named_buffers()]}
         self.trained = {p for p in owner if p.requires_grad}
+        for p in owner:
+            if p not in self.trained:
+                p.data = p.data.to(compute_dtype or p.dtype)
         for block in [*blocks, ""]:
             params = [p for p in owner if owner[p] == block and p in self.trained]
             if params:
@@ -493,8 +496,8 @@ def demo():
     check(all(same), "stage 1 goes on from what stage 3 saved", f"{len(same)} tensors, bit-equal")
 
     if rank == 0:
-        print(f"\nAdamW on {n} ranks. Bytes a parameter between two microbatches: weights + gradients "
-              f"+\noptimizer state; values sent; the most bytes when a gradient was complete\n")
+        print(f"\nAdamW on {n} ranks. Bytes a parameter between two microbatches: weights + "
+              f"gradients +\noptimizer state; values sent; at worst, when a gradient is complete\n")
     table = {}
     for name, dtype, kinds in (("mixed bf16", torch.bfloat16, (2, 2, 12)),
                                ("pure fp32", None, (4, 4, 8))):
@@ -504,8 +507,9 @@ def demo():
             theory = sum(kind / n if c else kind for kind, c in zip(kinds, cut))
             payload = (3 if stage == 3 else 2) * (n - 1) / n
             off = max(abs(sum(sizes) / theory - 1), abs(sent - payload) / max(payload, 1))
-            check(off <= 0.02, f"{name}, stage {stage}: {theory:.2f} bytes, {payload:.2f} Psi (2 %)",
-                  f"{' + '.join(f'{size:.2f}' for size in sizes)}; {sent:.2f} Psi; {worst:.1f}")
+            measured = " + ".join(f"{size:.2f}" for size in sizes)
+            check(off <= 0.02, f"{name}, stage {stage}: {theory:.2f} bytes, {payload:.2f} Psi (2%)",
+                  f"{measured}; {sent:.2f} Psi; {worst:.1f}")
             table[name, stage] = sizes, theory
     if rank == 0:
         draw(table, n)
