@@ -46,6 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import ddp
 import flash_attn
+import metrics
 import model as model_module
 import muon
 import resume
@@ -2582,6 +2583,72 @@ def test_resume_the_kill_check_notices_writing_in_place(tmp_path):
         check_a_kill_leaves_a_complete_checkpoint(broken, tmp_path)
 
 
+# ------------------------------------------------------------------ metrics.py
+
+def check_metrics_scores(m):
+    score = m.scores(3.0, tokens_per_byte=0.25)
+    assert score["val_loss"] == 3.0 and score["ppl"] == math.exp(3.0)
+    assert abs(score["bits_per_byte"] - 3.0 / math.log(2) / 4) < 1e-12
+    nats = -torch.log_softmax(torch.zeros(256), 0)[0].item()
+    assert abs(m.scores(nats)["bits_per_byte"] - 8) < 1e-6, "256 equally likely bytes: 8 bits each"
+
+
+def check_metrics_log(m, folder):
+    """What is in the file: means since the last line, only timed seconds, only this run's steps."""
+    log = folder / "metrics.jsonl"
+    ticks = iter(range(1000))
+    with mock.patch.object(m.time, "perf_counter", lambda: float(next(ticks))):
+        meter = m.Meter(log, 0, 10, tokens=50)                      # 0 s
+        for step in (1, 2):
+            with meter.timing():                                    # 1 to 2 s and 3 to 4 s
+                pass
+        line = meter.log(2, loss=1.5, grad_norm=0.25, lr=0.1)       # at 5 s
+        assert line.endswith("0:20 left") and "loss 1.5000" in line and "val" not in line
+        with meter.timing():
+            for _ in range(3):                                      # 4 s
+                m.time.perf_counter()
+        m.time.perf_counter()                                       # a pause
+        line = meter.log(3, loss=1.25, grad_norm=0.5, **m.scores(1.0))
+        assert "val 1.0000 = 1.443 bits per byte" in line
+    records = m.read(log)
+    assert [r["step_ms"] for r in records] == [1000, 4000]
+    assert [r["tokens_per_s"] for r in records] == [50, 12.5]
+    assert records[0]["lr"] == 0.1 and records[1]["ppl"] == math.exp(1.0)
+    with open(log, "a") as file:
+        file.write('{"step": 4, "loss": 1.2}\n{"step": 5, "lo')
+    m.Meter(None, 3, 10, tokens=50)                                 # another rank touches nothing
+    assert len(m.read(log)) == 3
+    m.Meter(log, 3, 10, tokens=50)
+    assert m.read(log) == records and log.read_text().count("\n") == 2
+    meter.plot(folder / "curve.png")
+    assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_metrics_scores_are_the_definitions():
+    check_metrics_scores(metrics)
+
+
+def test_metrics_log_counts_timed_seconds_and_forgets_what_a_resumed_run_will_repeat(tmp_path):
+    check_metrics_log(metrics, tmp_path)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("nats / math.log(2) * tokens_per_byte", "nats * tokens_per_byte"),
+    ("math.exp(nats)", "2 ** nats")])
+def test_metrics_score_check_notices(line, broken):
+    assert_caught(check_metrics_scores, mutant("metrics", line, broken))
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("self.seconds / self.count", "self.seconds"),
+    ("if record[\"step\"] <= step]", "]"),
+    ("/ (step - self.first) * (self.steps - step)", "/ step * self.steps"),
+    ("seconds, self.seconds, self.count = self.seconds / self.count, 0.0, 0",
+     "seconds = self.seconds / self.count")])
+def test_metrics_log_check_notices(tmp_path, line, broken):
+    assert_caught(check_metrics_log, mutant("metrics", line, broken), tmp_path)
+
+
 # ------------------------------------------------------------------ model.py
 
 SMALL = dict(vocab_size=11, seq_len=16, layers=2, dim=24, heads=4, kv_heads=2, hidden=20)
@@ -3055,6 +3122,32 @@ def test_train_a_run_of_two_ranks_resumes_on_one(ranks, corpus, tmp_path):
     assert max(abs(a[0] - b[0]) for a, b in zip(got, want, strict=True)) < 1e-5
 
 
+def test_train_zero_equals_replication_and_resumes_in_any_stage_on_any_ranks(
+        ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "20", "--save-every", "10", "--eval-every", "10",
+            "--optimizer", "adamw", "--kv-heads", "1"]
+    want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "one")])[0]
+
+    def check_same(got, what):
+        for a, b in zip(got, want, strict=True):
+            for x, y in zip(a, b):
+                assert x == y or abs(x - y) <= 1e-5 * max(1, abs(y)), (what, a, b)
+
+    moves = (1, 2, 3, 3), (2, 3, 0, 1), (3, 2, 1, 1), (3, 3, 2, 2), (0, 2, 3, 2)
+    for stage, n, other, m in moves:            # stage, ranks, then those of the resumed run
+        out = tmp_path / f"zero_{stage}_{n}"
+        zero_argv = [*argv, "--zero", str(stage), "--microbatches", "2", "--out", str(out)]
+        check_same(ranks.run(_train, n, zero_argv)[0], f"stage {stage} on {n} ranks")
+        shutil.rmtree(resume.saved(out)[-1])
+        resumed = ranks.run(_train, m, ["--resume", "--zero", str(other), "--out", str(out)])[0]
+        check_same(resumed, f"stage {stage} on {n} ranks, then {other} on {m}")
+    out = str(tmp_path / "zero_3_2")            # the same layout: bit for bit
+    again = [*argv, "--zero", "3", "--out", out + "_whole"]
+    whole = ranks.run(_train, 2, again)[0]
+    shutil.rmtree(resume.saved(out + "_whole")[-1])
+    assert ranks.run(_train, 2, ["--resume", "--zero", "3", "--out", out + "_whole"])[0] == whole
+
+
 def test_train_an_earlier_run_is_kept(ranks, corpus, tmp_path):
     argv = [*TINY, "--data", corpus, "--steps", "2", "--out", str(tmp_path / "run")]
     first = ranks.run(_train, 1, argv)[0]
@@ -3154,10 +3247,12 @@ def test_train_a_diverging_run_stops_with_an_error(ranks, corpus, tmp_path):
 
 # ------------------------------------------------------------------ the house
 
-PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "data", "resume"}
+PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "data", "resume", "metrics"}
 MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
-    "model": {"rope", "flash_attn"}, "train": {"model", "muon", "ddp", "data", "resume"}}
+    "model": {"rope", "flash_attn"},
+    "train": {"model", "muon", "ddp", "zero", "data", "resume", "metrics"}}
+LONGEST = {"model": 350, "train": 350, "zero": 600}         # lines; the others at most 300
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()
 
@@ -3175,7 +3270,7 @@ def test_house_imports_go_downwards_and_files_stay_short(name):
     allowed |= {"torch", "numpy", "matplotlib", "triton"}
     assert imported <= allowed, imported - allowed
     assert ast.get_docstring(tree)
-    assert source.count("\n") <= (300 if name in PARTS else 350)
+    assert source.count("\n") <= LONGEST.get(name, 300)
     assert max(len(line) for line in source.split("\n")) <= 100
 
 

@@ -4,6 +4,7 @@
     python train.py                     a byte-level GPT on the Python standard library's own source
     python train.py --data my.txt       on your file: its last 10 % are the validation text
     python train.py --nproc 2           on 2 processes; or: torchrun --nproc-per-node 2 train.py
+    python train.py --nproc 2 --zero 3  the same, but a rank holds half the weights (see zero.py)
     python train.py --resume            go on from the last checkpoint, with the run's own settings
     python train.py --objective mlm     masked (BERT) instead of causal (GPT) language modelling
 
@@ -18,13 +19,11 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import os
 import pathlib
 import sys
-import time
 import zlib
 
 import torch
@@ -34,11 +33,14 @@ import torch.nn as nn
 import resume
 from data import MASK, Windows, examples, standard_library, text_file
 from ddp import DDP
+from metrics import Meter, scores
 from model import GPT, Config
 from muon import Muon
+from zero import Zero
 
 SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "dropout", "seed")
-LAYOUT = ("nproc", "device", "out", "resume")       # --resume takes these from the command line
+LAYOUT = ("nproc", "zero", "device", "out", "resume")   # --resume: taken from the command line
+ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def say(text):
@@ -48,21 +50,18 @@ def say(text):
 
 def build_optimizers(model, args):
     """-> [(optimizer, its peak learning rate), ...], and the line that says which trains what."""
+    lr = {"muon": 0.04, "adamw": 0.002}[args.optimizer] if args.lr is None else args.lr
+    if args.optimizer == "adamw":
+        why = f": --zero {args.zero} steps parts, Muon needs whole matrices" if args.zero else ""
+        return [(torch.optim.AdamW(model.parameters(), lr, **ADAMW), lr)], (
+            f"AdamW (lr {lr:g}) for all tensors{why}")
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is q for q in matrices)]
-    betas, lr = (0.9, 0.95), {"muon": 0.04, "adamw": 0.002}[args.optimizer]
-    lr = lr if args.lr is None else args.lr
-    if args.optimizer == "adamw":
-        groups = dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)
-        adamw = torch.optim.AdamW(groups, lr, betas, fused=True)
-        return [(adamw, lr)], f"AdamW (lr {lr:g}) for all tensors"
-    adamw = torch.optim.AdamW(others, lr / 5, betas, weight_decay=0.0, fused=True)
+    adamw = torch.optim.AdamW(others, lr / 5, **ADAMW)
     return [(Muon(matrices, lr, ns_steps=4), lr), (adamw, lr / 5)], (
         f"Muon (lr {lr:g}) for the {len(matrices)} matrices of the blocks, whole on every rank; "
         f"AdamW (lr {lr / 5:g}) for the other {len(others)} tensors")
 
-
-# ------------------------------------------------------------------ the run
 
 class Trainer:
     """One run. Bad input fails while it is made (ValueError); then call .train() and .finish()."""
@@ -88,10 +87,18 @@ class Trainer:
                       "data": f"{len(text)} bytes with crc32 {zlib.crc32(text):08x}"}
         self.model = GPT(config).to(args.device)
         self.optimizers, trained_by = build_optimizers(self.model, args)
+        self.zero = None
         self.step = self.load() if args.resume else 0
-        self.parallel = DDP(self.model)             # returns when all ranks have come here
+        if args.zero:
+            state, [(_, peak)] = self.tensors(), self.optimizers
+            self.zero = Zero(self.model, args.zero, torch.optim.AdamW, lr=peak, **ADAMW)
+            self.zero.load_full_state_dict(state)
+            self.optimizers = [(self.zero.optimizer, peak)]
+        self.parallel = self.zero or DDP(self.model)    # returns when all ranks have come here
         if self.rank == 0:
             self.prepare()
+        self.meter = Meter(self.log if self.rank == 0 else None, self.step, args.steps,
+                           args.batch_size * args.seq_len)
         say(f"model  {sum(p.numel() for p in self.model.parameters()):,} parameters: {args.layers} "
             f"layers, C={args.dim}, H={args.heads}, T={args.seq_len}; {self.world} x {args.device}")
         say(f"data   {len(text):,} bytes to learn from, {len(val_text):,} to validate on")
@@ -99,22 +106,17 @@ class Trainer:
 
     def prepare(self):
         """Make --out ready. An earlier run there is moved aside: nothing is overwritten."""
-        if self.args.resume:                        # forget what was logged after the checkpoint
-            lines = [line for line in self.log.read_text().splitlines(keepends=True)
-                     if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
-            beside = self.log.with_suffix(".tmp")
-            beside.write_text("".join(lines))
-            os.replace(beside, self.log)
-        elif self.log.exists():
+        if self.log.exists() and not self.args.resume:
             numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
             aside = next(path for path in numbered if not path.exists())
             os.replace(self.out, aside)
             say(f"kept   the earlier run in {self.out} as {aside}")
         self.out.mkdir(parents=True, exist_ok=True)
-        self.log.touch()
 
     def tensors(self):
-        """All that a checkpoint holds, by names that do not depend on the number of processes."""
+        """All that a checkpoint holds, by names and shapes that do not depend on the layout."""
+        if self.zero:
+            return self.zero.full_state_dict()
         names = {p: name for name, p in self.model.named_parameters()}
         state = {f"model.{name}": p.detach() for p, name in names.items()}
         for optimizer, _ in self.optimizers:
@@ -147,13 +149,15 @@ class Trainer:
         """Mean nats per target over all validation windows, or about `most` evenly spaced ones."""
         self.model.eval()
         count = self.val_windows.count
-        numbers = range(0, count, max(1, count // most) if most else 1)[self.rank::self.world]
+        numbers = range(0, count, max(1, count // most) if most else 1)
         nats, targets = 0.0, 0
-        for i in range(0, len(numbers), 32):
-            x, y = examples(self.val_windows, numbers[i:i + 32], self.args.objective)
-            loss = self.model(x.to(self.args.device), y.to(self.args.device))[1]
-            nats += loss.item() * (y != -100).sum().item()
-            targets += (y != -100).sum().item()
+        for i in range(0, len(numbers), 32 * self.world):
+            mine = numbers[i:i + 32 * self.world][self.rank::self.world]
+            x, y = examples(self.val_windows, mine or numbers[:1], self.args.objective)
+            loss = self.model(x.to(self.args.device), y.to(self.args.device))[1]    # on all ranks
+            predicted = (y != -100).sum().item() if mine else 0
+            nats += loss.item() * predicted
+            targets += predicted
         self.model.train()
         nats, targets = self.sum_over_ranks(nats, targets)
         return nats / targets
@@ -176,24 +180,25 @@ class Trainer:
 
     def update(self):
         """Clip, set the learning rate (linear warm-up times linear decay to zero), step -> norm."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
+        clip = self.args.clip or math.inf
+        norm = (self.zero.clip_grad_norm_(clip) if self.zero else
+                nn.utils.clip_grad_norm_(self.model.parameters(), clip))
         warm = min(1, (self.step + 1) / max(1, self.args.warmup))
         for optimizer, peak in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = peak * warm * (1 - self.step / self.args.steps)
-            optimizer.step()
-            optimizer.zero_grad()
+        for steps in [self.zero] if self.zero else [optimizer for optimizer, _ in self.optimizers]:
+            steps.step()
+            steps.zero_grad()
         self.step += 1
         return norm
 
     def train(self):
         """Step until --steps; every so often a log line, a validation, a checkpoint."""
-        args, first, began = self.args, self.step, time.perf_counter()
-        busy, since = 0.0, self.step                # seconds in steps since the last log line
+        args = self.args
         while self.step < args.steps:
-            before = time.perf_counter()
-            loss, norm = self.backward(), self.update()
-            busy += time.perf_counter() - before
+            with self.meter.timing():
+                loss, norm = self.backward(), self.update()
             log, check, keep = (self.step % every == 0 or self.step == args.steps
                                 for every in (args.log_every, args.eval_every, args.save_every))
             if not (log or check or keep):
@@ -202,35 +207,25 @@ class Trainer:
             if not math.isfinite(loss + norm):
                 raise SystemExit(f"error: loss {loss}, gradient norm {norm} at step {self.step}: "
                                  f"lower --lr and start again")
-            seconds, busy, since = busy / (self.step - since), 0.0, self.step
-            record = {"step": self.step, "loss": loss, "grad_norm": norm,
-                      "lr": self.optimizers[0][0].param_groups[0]["lr"], "step_ms": 1e3 * seconds,
-                      "tokens_per_s": args.batch_size * args.seq_len / seconds}
-            text = (f"step {self.step:5}/{args.steps}  loss {loss:.4f}  norm {norm:5.2f}  "
-                    f"{record['tokens_per_s']:7,.0f} tokens/s")
+            values = {"loss": loss, "grad_norm": norm,
+                      "lr": self.optimizers[0][0].param_groups[0]["lr"]}
             if check:
-                nats = self.evaluate(None if self.step == args.steps else 100)
-                bits = nats / math.log(2)
-                record |= {"val_loss": nats, "ppl": math.exp(nats), "bits_per_byte": bits}
-                text += f"  val {nats:.4f} = {bits:.3f} bits per byte"
-            if self.rank == 0:
-                with open(self.log, "a") as file:
-                    file.write(json.dumps(record) + "\n")
+                values |= scores(self.evaluate(None if self.step == args.steps else 100))
+            line = self.meter.log(self.step, **values)
             if keep:
                 self.save()
-            left = (time.perf_counter() - began) / (self.step - first) * (args.steps - self.step)
-            say(f"{text}  {int(left) // 60}:{int(left) % 60:02} left")
+            say(line)
 
     def finish(self):
         """A sample of what the model writes, the curve, and proof that all ranks hold one model."""
-        crc32 = 0
-        for p in self.model.parameters():
-            crc32 = zlib.crc32(p.detach().cpu().numpy().tobytes(), crc32)
+        state, crc32 = self.tensors(), 0
+        for name, _ in self.model.named_parameters():
+            crc32 = zlib.crc32(state[f"model.{name}"].cpu().numpy().tobytes(), crc32)
         if self.sum_over_ranks(crc32) != [crc32 * self.world]:
             raise RuntimeError(f"rank {self.rank} holds other weights than the rest: {crc32:08x}")
+        self.sample()
         if self.rank == 0:
-            self.sample()
-            plot(self.log, self.out / "loss.png")
+            self.meter.plot(self.out / "loss.png")
         say(f"weights crc32 {crc32:08x} on {self.world} rank(s); the run is in {self.out}/")
 
     def sample(self):
@@ -243,25 +238,10 @@ class Trainer:
             tokens = examples(self.val_windows, [0], "mlm")[0].to(self.args.device)
             tokens = tokens.where(tokens != MASK, self.model(tokens)[0][..., :MASK].argmax(-1))
         text = bytes(tokens[0].tolist()).decode("utf-8", "replace")
-        (self.out / "sample.txt").write_text(text)
+        if self.rank == 0:
+            (self.out / "sample.txt").write_text(text)
         say(f"{' a sample of what it writes ':-^80}\n{text.strip()}\n{'':-^80}")
 
-
-def plot(log, path):
-    from matplotlib.figure import Figure
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o-")):
-        points = [(record["step"], record[key]) for record in records if key in record]
-        axes.plot(*zip(*points), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per predicted byte)", ylim=(0, None),
-             title=f"Validation loss {points[-1][1]:.3f} nats per byte after {points[-1][0]} steps")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-# ------------------------------------------------------------------ command line
 
 def fail(message):
     """Bad input: one line, exit code 2. Under torchrun rank 0 speaks for all."""
@@ -287,7 +267,7 @@ def parse(argv):
     add("--steps", type=int, default=1000)
     add("--batch-size", type=int, default=4, help="sequences in a step, over all ranks")
     add("--microbatches", type=int, default=1, help="parts in which a rank takes its share")
-    add("--optimizer", choices=("muon", "adamw"), default="muon")
+    add("--optimizer", choices=("muon", "adamw"), help="default: muon, with --zero adamw")
     add("--lr", type=float, help="peak learning rate; default: 0.04 for muon, 0.002 for adamw")
     add("--warmup", type=int, default=0, help="steps until the peak")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
@@ -295,6 +275,7 @@ def parse(argv):
     here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu", "mps"]
     add("--device", choices=here, default=here[0])
     add("--nproc", type=int, default=1, help="processes to start on this machine")
+    add("--zero", type=int, choices=range(4), default=0, help="ZeRO stage; 0: each holds all")
     add("--out", default="out", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=int, default=250, help="steps between checkpoints")
@@ -310,6 +291,10 @@ def parse(argv):
                  "save_every", "eval_every", "log_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
+    args.optimizer = args.optimizer or ("adamw" if args.zero else "muon")
+    if args.zero and args.optimizer == "muon":
+        raise ValueError(f"--zero {args.zero} cuts the matrices that Muon needs whole: "
+                         f"--optimizer adamw, or --zero 0")
     return args
 
 
