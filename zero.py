@@ -161,7 +161,8 @@ class Unit:
     def publish(self):
         """The master has changed: bring it into the weights that compute; wait() before use."""
         self.free()
-        self.shard.copy_(self.master.detach())
+        if self.shard.data_ptr() != self.master.data_ptr():
+            self.shard.copy_(self.master.detach())
         if self.stage < 3:
             self.gather()
 
