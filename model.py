@@ -33,6 +33,8 @@ import torch.nn.functional as F
 
 from flash_attn import flash_attention
 from rope import alibi_bias, apply_rope, rope_table, sinusoidal_table
+from tp import (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, collective,
+                column_parallel, copy_to_tp, gather_from_tp, tp_size, vocab_parallel_cross_entropy)
 
 # Shape letters: B sequences, T tokens, S tokens of a memory, C width of the model, H query heads,
 # K key/value heads, D = C / H width of a head, V vocabulary.
@@ -99,21 +101,35 @@ def _norm(config):
     return kind(config.dim, eps=config.norm_eps)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of every head. All ranks hold its weight, but each reads it for its own heads: a
+    term of the gradient. copy_to_tp sums them; split tokens have all such sums made later."""
+
+    def __init__(self, config, group, sequence_parallel):
+        super().__init__(config.dim // config.heads, eps=config.norm_eps)
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, x):                                   # (B, h, T, D) -> same
+        weight = self.weight
+        if not self.sequence_parallel:
+            weight = copy_to_tp(weight, self.group)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention of x to itself or, with a memory, to that (cross-attention)."""
 
-    def __init__(self, config, causal):
+    def __init__(self, config, causal, **split):
         super().__init__()
-        C, K = config.dim, config.kv_heads
-        self.head_dim, self.causal = C // config.heads, causal
-        self.q = nn.Linear(C, C, bias=config.bias)
-        self.k = nn.Linear(C, K * self.head_dim, bias=config.bias)
-        self.v = nn.Linear(C, K * self.head_dim, bias=config.bias)
-        self.o = nn.Linear(C, C, bias=config.bias)
+        C, H, K = config.dim, config.heads, config.kv_heads
+        self.head_dim, self.causal = C // H, causal
+        self.q = ColumnParallelLinear(C, C, config.bias, heads=H, **split)
+        self.k = ColumnParallelLinear(C, K * self.head_dim, config.bias, heads=K, **split)
+        self.v = ColumnParallelLinear(C, K * self.head_dim, config.bias, heads=K, **split)
+        self.o = RowParallelLinear(C, C, config.bias, **split)
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.q_norm, self.k_norm = HeadNorm(config, **split), HeadNorm(config, **split)
 
     def _heads(self, x):                                    # (B, T, H D) -> (B, H, T, D)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -123,10 +139,13 @@ class Attention(nn.Module):
 
         rope: (cos, sin) of these T tokens or None. bias: (H, T, all T) for the scores, or None.
         past: dict that holds the keys and values of earlier tokens (decoding), or None."""
-        source = x if memory is None else memory
-        q = self.q_norm(self._heads(self.q(x)))             # (B, H, T, D)
-        k = self.k_norm(self._heads(self.k(source)))        # (B, K, T or S, D)
-        v = self._heads(self.v(source))                     # (B, K, T or S, D)
+        if memory is None:
+            q, k, v = column_parallel(x, self.q, self.k, self.v)
+        else:
+            q, (k, v) = self.q(x), column_parallel(memory, self.k, self.v)
+        q = self.q_norm(self._heads(q))                     # (B, H, T, D); H, K: of this rank
+        k = self.k_norm(self._heads(k))                     # (B, K, T or S, D)
+        v = self._heads(v)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if past is not None:
@@ -144,37 +163,36 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(f(up(x))); swiglu: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, config):
+    def __init__(self, config, **split):
         super().__init__()
         self.kind = config.mlp
         if self.kind == "swiglu":
-            self.gate = nn.Linear(config.dim, config.hidden, bias=config.bias)
-        self.up = nn.Linear(config.dim, config.hidden, bias=config.bias)
-        self.down = nn.Linear(config.hidden, config.dim, bias=config.bias)
+            self.gate = ColumnParallelLinear(config.dim, config.hidden, config.bias, **split)
+        self.up = ColumnParallelLinear(config.dim, config.hidden, config.bias, **split)
+        self.down = RowParallelLinear(config.hidden, config.dim, config.bias, **split)
 
     def forward(self, x):                                   # (B, T, C) -> (B, T, C)
-        h = self.up(x)
         if self.kind == "swiglu":
-            h = F.silu(self.gate(x)) * h
-        elif self.kind == "gelu":
+            h, gate = column_parallel(x, self.up, self.gate)
+            return self.down(F.silu(gate) * h)
+        h = self.up(x)
+        if self.kind == "gelu":
             h = F.gelu(h)
-        elif self.kind == "relu":
-            h = F.relu(h)
         else:
-            h = F.relu(h).square()
+            h = F.relu(h) if self.kind == "relu" else F.relu(h).square()
         return self.down(h)
 
 
 class Block(nn.Module):
     """Attention, cross-attention if there is a memory, MLP: each adds to the residual stream x."""
 
-    def __init__(self, config):
+    def __init__(self, config, **split):
         super().__init__()
         self.pre = config.norm_place == "pre"
-        self.attn, self.attn_norm = Attention(config, config.causal), _norm(config)
+        self.attn, self.attn_norm = Attention(config, config.causal, **split), _norm(config)
         if config.cross_attention:
-            self.cross, self.cross_norm = Attention(config, causal=False), _norm(config)
-        self.mlp, self.mlp_norm = MLP(config), _norm(config)
+            self.cross, self.cross_norm = Attention(config, False, **split), _norm(config)
+        self.mlp, self.mlp_norm = MLP(config, **split), _norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def _add(self, x, norm, part, **kwargs):
@@ -190,18 +208,25 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """model(tokens (B, T), targets (B, T) or None) -> logits (B, T, V), mean loss or None."""
+    """model(tokens (B, T), targets (B, T) or None) -> logits (B, T, V), mean loss or None.
 
-    def __init__(self, config):
+    tp_group: its ranks, all with the same tokens, split every layer (tp.py); with targets, logits
+    are then this rank's (B, T, V / n). sequence_parallel: norms and residual stream, too."""
+
+    def __init__(self, config, tp_group=None, sequence_parallel=False):
         super().__init__()
-        self.config = config
-        C, T = config.dim, config.seq_len
-        self.embed = nn.Embedding(config.vocab_size, C)
+        self.config, self.tp_group = config, tp_group
+        n, C, T = tp_size(tp_group), config.dim, config.seq_len
+        split = {"group": tp_group, "sequence_parallel": sequence_parallel and n > 1}
+        if split["sequence_parallel"] and (T % n or config.cross_attention):
+            raise ValueError(f"sequence_parallel splits seq_len={T} over {n} ranks: pick a "
+                             f"multiple of {n}, and no cross_attention")
+        self.embed = VocabParallelEmbedding(config.vocab_size, C, **split)
         if config.position == "learned":
             self.position = nn.Embedding(T, C)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, **split) for _ in range(config.layers))
         self.norm = _norm(config) if config.norm_place == "pre" else nn.Identity()
-        self.head = nn.Linear(C, config.vocab_size, bias=False)
+        self.head = ColumnParallelLinear(C, config.vocab_size, bias=False, **split)
         if config.tied:
             self.head.weight = self.embed.weight
         self.dropout = nn.Dropout(config.dropout)
@@ -214,7 +239,7 @@ class GPT(nn.Module):
             self.tables = {"wave": sinusoidal_table(T, C)}
         elif config.position == "alibi":
             future = torch.ones(T, T, dtype=torch.bool).triu(1)
-            bias = alibi_bias(config.heads, T)
+            bias = collective("split", alibi_bias(config.heads, T), 0, tp_group)()
             self.tables = {"bias": bias.masked_fill(future, -math.inf) if config.causal else bias}
         self.reset_parameters()
 
@@ -229,10 +254,13 @@ class GPT(nn.Module):
                 p.zero_()
             else:
                 seed = zlib.crc32(f"{self.config.seed} {name}".encode())
-                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+                n, dim = (tp_size(self.tp_group), p.shard[1]) if hasattr(p, "shard") else (1, 0)
+                shape = [size * n if i == dim else size for i, size in enumerate(p.shape)]
+                whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                p.copy_(collective("split", whole, dim, self.tp_group)() if n > 1 else whole)
                 narrow = self.config.tied or self.config.scale_embedding
                 if name not in ("embed.weight", "position.weight") or narrow:
-                    p.mul_(p.shape[1] ** -0.5)
+                    p.mul_(shape[1] ** -0.5)
 
     def table(self, name, device):
         if self.tables[name].device != device:
@@ -252,14 +280,15 @@ class GPT(nn.Module):
         if config.cross_attention != (memory is not None):
             raise ValueError(f"cross_attention={config.cross_attention}, but memory is "
                              f"{'missing' if memory is None else 'given'}: use both or neither")
-        x = self.embed(tokens)                              # (B, T, C)
+        x = self.embed(tokens)                              # (B, T, C), or this rank's tokens
         if config.scale_embedding:
             x = x * config.dim ** 0.5
         rope = bias = None
-        if config.position == "learned":
-            x = x + self.position.weight[start:end]
-        elif config.position == "sinusoidal":
-            x = x + self.table("wave", device)[start:end].to(x.dtype)
+        if config.position in ("learned", "sinusoidal"):
+            learned = config.position == "learned"
+            rows = self.position.weight if learned else self.table("wave", device)
+            split = "split" if self.embed.sequence_parallel else "copy"
+            x = x + collective(split, rows[start:end], 0, self.tp_group)().to(x.dtype)
         elif config.position == "rope":
             rope = self.table("cos", device)[start:end], self.table("sin", device)[start:end]
         elif config.position == "alibi":
@@ -276,9 +305,8 @@ class GPT(nn.Module):
         """-> logits (B, T, V), loss: mean nats per target; targets of -100 do not count."""
         logits = self.head(self.features(tokens, memory, cache))
         if targets is None:
-            return logits, None
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))      # bf16: sums lose
-        return logits, F.cross_entropy(wide.flatten(0, 1), targets.flatten())
+            return gather_from_tp(logits, self.tp_group), None
+        return logits, vocab_parallel_cross_entropy(logits, targets, self.tp_group)
 
     @torch.no_grad()
     def generate(self, tokens, new_tokens, temperature=1.0, top_k=None, generator=None,
@@ -293,16 +321,23 @@ class GPT(nn.Module):
             raise ValueError(f"T={tokens.shape[1]}, temperature={temperature}, top_k={top_k}: need "
                              f"a token to start from, temperature >= 0, top_k >= 1")
         training, limit = self.training, self.config.seq_len
+        split = [m for m in self.modules() if getattr(m, "sequence_parallel", False)]
+        for module in split:                                # a single token cannot be split
+            module.sequence_parallel = False
         self.eval()
-        start, cache = max(0, tokens.shape[1] - limit), []
-        for _ in range(new_tokens):
-            if tokens.shape[1] - start > limit:
-                start, cache = tokens.shape[1] - (limit + 1) // 2, []
-            seen = cache[0]["k"].shape[2] if cache else 0
-            logits, _ = self(tokens[:, start + seen:], None, memory, cache if use_cache else None)
-            token = pick(logits[:, -1].float(), temperature, top_k, generator)
-            tokens = torch.cat([tokens, token], dim=1)
-        self.train(training)
+        try:
+            start, cache = max(0, tokens.shape[1] - limit), []
+            for _ in range(new_tokens):
+                if tokens.shape[1] - start > limit:
+                    start, cache = tokens.shape[1] - (limit + 1) // 2, []
+                seen = cache[0]["k"].shape[2] if cache else 0
+                logits, _ = self(tokens[:, start + seen:], None, memory, cache if use_cache else None)
+                token = pick(logits[:, -1].float(), temperature, top_k, generator)
+                tokens = torch.cat([tokens, token], dim=1)
+        finally:
+            self.train(training)
+            for module in split:
+                module.sequence_parallel = True
         return tokens
 
 

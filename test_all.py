@@ -51,6 +51,7 @@ import model as model_module
 import muon
 import resume
 import rope
+import tp
 import train
 import zero
 from model import GPT, Config
@@ -2365,6 +2366,463 @@ def test_zero_in_a_group_averages_over_the_group(ranks):
     ranks.run(_zero_in_a_group, 3)
 
 
+# ------------------------------------------------------------------ tp.py
+
+def tp_version(change):
+    """tp.py itself, or, for the mutation tests, with (line, broken line) exchanged."""
+    return mutant("tp", *change) if change else tp
+
+
+class TpBlock(nn.Module):
+    """Norm, grouped-query attention with a q-norm, norm, MLP, residuals, dropout with p = 0."""
+
+    def __init__(self, m, C, H, K, group=None, sequence_parallel=False):
+        super().__init__()
+        self.m, self.group, self.D = m, group, C // H
+        split = {"group": group, "sequence_parallel": sequence_parallel}
+        self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.q = m.ColumnParallelLinear(C, C, heads=H, **split)
+        self.k = m.ColumnParallelLinear(C, K * self.D, heads=K, **split)
+        self.v = m.ColumnParallelLinear(C, K * self.D, heads=K, **split)
+        self.o = m.RowParallelLinear(C, C, **split)
+        self.up = m.ColumnParallelLinear(C, 4 * C, **split)
+        self.down = m.RowParallelLinear(4 * C, C, **split)
+        self.q_scale, self.split_tokens = nn.Parameter(torch.randn(self.D)), sequence_parallel
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.D)).transpose(1, 2)
+
+    def attention(self, x):
+        q, k, v = map(self.heads, self.m.column_parallel(x, self.q, self.k, self.v))
+        k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
+        if self.q_scale is not None:            # every rank uses it, for its own heads
+            q = q * (self.q_scale if self.split_tokens else
+                     self.m.copy_to_tp(self.q_scale, self.group))
+        scores = q @ (k.transpose(-1, -2) * self.D ** -0.5)
+        weights = torch.native_dropout(scores.softmax(-1), 0.0, True)[0]
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+    def forward(self, x):
+        x = x + torch.native_dropout(self.attention(self.norm1(x)), 0.0, True)[0]
+        h = F.gelu(self.up(self.norm2(x)))
+        return x + torch.native_dropout(self.down(h), 0.0, True)[0]
+
+
+class TpModel(nn.Module):
+    """tokens -> embedding, two blocks, norm, head (V / n columns)."""
+
+    def __init__(self, m, group=None, sequence_parallel=False):
+        super().__init__()
+        torch.manual_seed(0)
+        V, C, H, K = 36, 48, 24, 12
+        split = {"group": group, "sequence_parallel": sequence_parallel}
+        self.m, self.group = m, group
+        self.embed = m.VocabParallelEmbedding(V, C, **split)
+        self.blocks = nn.ModuleList(TpBlock(m, C, H, K, **split) for _ in range(2))
+        self.norm = nn.LayerNorm(C)
+        self.head = m.ColumnParallelLinear(C, V, **split)
+        self.double()
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def tp_dense(w, tokens, H=24, K=12):
+    """The same model in plain torch, from a dict of full weights: what a textbook writes."""
+    x = F.embedding(tokens, w["embed.weight"])
+    B, T, C = x.shape
+    for i in range(2):
+        p = {name.split(".", 2)[2]: t for name, t in w.items() if name.startswith(f"blocks.{i}.")}
+        h = F.layer_norm(x, (C,), p["norm1.weight"], p["norm1.bias"])
+        q, k, v = (h @ p[f"{a}.weight"].T + p[f"{a}.bias"] for a in "qkv")
+        out = torch.empty_like(q)
+        for head in range(H):
+            D, own = C // H, slice(head * C // H, (head + 1) * C // H)
+            kv = head * K // H
+            kv = slice(kv * D, (kv + 1) * D)
+            weights = (q[..., own] * p["q_scale"] @ k[..., kv].mT / D ** 0.5).softmax(-1)
+            out[..., own] = weights @ v[..., kv]
+        x = x + out @ p["o.weight"].T + p["o.bias"]
+        h = F.layer_norm(x, (C,), p["norm2.weight"], p["norm2.bias"])
+        h = F.gelu(h @ p["up.weight"].T + p["up.bias"])
+        x = x + h @ p["down.weight"].T + p["down.bias"]
+    x = F.layer_norm(x, (C,), w["norm.weight"], w["norm.bias"])
+    return x @ w["head.weight"].T + w["head.bias"]
+
+
+def _tp_model(change=None):
+    """Loss and the gradient of every parameter, sharded and replicated, on every rank."""
+    m, group, rank = tp_version(change), dist.group.WORLD, dist.get_rank()
+    n = dist.get_world_size()
+    tokens, targets = torch.randint(36, (2, 2, 12), generator=seeded())
+    targets[0, :3] = -100
+    full = TpModel(m)
+    dense = {name: p.detach().clone().requires_grad_() for name, p in full.named_parameters()}
+    logits = tp_dense(dense, tokens)
+    want = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    want.backward()
+    for sequence_parallel in False, True:
+        model = TpModel(m, group, sequence_parallel)
+        for name, p in model.named_parameters():
+            columns = any(f".{a}." in name for a in ("q", "k", "v", "up"))
+            rows = name.endswith(("o.weight", "down.weight"))
+            split = n > 1 and (name.startswith(("embed", "head")) or columns or rows)
+            assert hasattr(p, "shard") == split, f"{name}: not marked as it is"
+            close(m.unshard(p, group), dense[name], 0, f"{name} at the start")
+        got = model(tokens)
+        close(got, logits.detach().chunk(n, -1)[rank], 1e-11, "logits")
+        loss = m.vocab_parallel_cross_entropy(got, targets, group)
+        close(loss, want, 1e-12, "loss")
+        loss.backward()
+        if sequence_parallel:
+            m.sum_replicated_grads(model, group)
+        for name, p in model.named_parameters():
+            grad = dense[name].grad
+            if hasattr(p, "shard"):
+                grad = grad.chunk(n, p.shard[1])[rank]
+            else:
+                assert gathered_equal(p.grad), f"{name}: ranks differ"
+            close(p.grad, grad, 1e-12, f"{name} {sequence_parallel=}")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_tp_loss_and_all_gradients_equal_the_dense_model_also_with_split_tokens(ranks, n):
+    ranks.run(_tp_model, n)
+
+
+TP_BROKEN = [
+    ('if ctx.split_tokens else "all-reduce"', 'if ctx.split_tokens else "copy"'),        # no f
+    ('"copy", "all-reduce", 0, group', '"copy", "copy", 0, group'),                 # nor here
+    ('"all-reduce", "copy", 0, group', '"all-reduce", "all-reduce", 0, group'),     # g: n times
+    ("result.sum(0) if kind", "result[0] if kind"),
+    ("torch.cat(result.chunk(n), dim)", "torch.cat(result.chunk(n)[::-1], dim)"),
+    ("else z + self.bias", "else z + tp_size(self.group) * self.bias"),
+    ("* mine.unsqueeze(-1)", ""),
+    (".squeeze(-1).where(mine, 0)", ".squeeze(-1)"),
+    ("(total.log() - z_target).where(counted, 0)", "(total.log() - z_target)"),
+    ('collective("all-reduce", torch.cat', 'collective("copy", torch.cat'),
+    ("x.chunk(n, dim)[dist.get_rank(group)]", "x.chunk(n, dim)[0]"),
+    ("self.bias = shard(self.bias, 0, group, heads) if bias else None",
+     "self.bias = nn.Parameter(self.bias.detach()[:len(self.weight)])")]
+
+
+@pytest.mark.parametrize("line, broken", TP_BROKEN)
+def test_the_tp_model_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="max error|ranks differ|not marked"):
+        ranks.run(_tp_model, 2, (line, broken))
+
+
+def _tp_traps(change=None):
+    """In-place collectives: g after exp (which keeps its output), f where a gradient is shared."""
+    m, group, rank = tp_version(change), dist.group.WORLD, dist.get_rank()
+    n = dist.get_world_size()
+    full = torch.randn(n, 2, 12, 3, generator=seeded(), dtype=torch.float64)
+    for reduce in m.reduce_from_tp, m.reduce_to_sp:
+        x = full[rank].clone().requires_grad_()
+        hidden = x.exp()
+        before = hidden.detach().clone()
+        z = reduce(hidden, group)
+        want = full.exp().sum(0)
+        sp = reduce is m.reduce_to_sp
+        close(z, want.chunk(n, 1)[rank] if sp else want, 1e-12, "sum of exp")
+        assert torch.equal(hidden, before), "max error: g wrote into its input"
+        (z.square() / 2).sum().backward()
+        close(x.grad, want * full[rank].exp(), 1e-12, "through exp")
+    for dtype, limit in (torch.float64, 1e-12), (torch.bfloat16, 1e-1):
+        x, y = (torch.ones(2, 12, 3, dtype=dtype, requires_grad=True) for _ in range(2))
+        both = (m.copy_to_tp(x, group) + y) * full[rank].to(dtype)     # f and y: one tensor
+        both.sum().backward()
+        close(y.grad, full[rank], limit, "a gradient that f must not touch")
+        close(x.grad, full.sum(0), limit, "f")
+    x = torch.ones(2, 12, 3, requires_grad=True)                       # stride 0 gradient
+    m.copy_to_tp(x, group).sum().backward()
+    close(x.grad, torch.full((2, 12, 3), float(n)), 0, "expanded gradient")
+    part = full[rank].chunk(n, 1)[rank]                                # not contiguous for n < 12
+    x = full[0].chunk(n, 1)[rank].clone().requires_grad_()
+    y = m.gather_from_sp(x.transpose(0, 2), group)
+    assert y.shape == (3, part.shape[1] * n, 2)
+    close(y, full[0].transpose(0, 2), 0, "gather of a transposed tensor")
+    (y * full[rank].transpose(0, 2)).sum().backward()
+    close(x.grad, full.sum(0).chunk(n, 1)[rank], 1e-12, "gather_from_sp")
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_tp_collectives_never_write_into_what_autograd_reads(ranks, n):
+    ranks.run(_tp_traps, n)
+
+
+def test_the_tp_trap_check_notices_a_collective_in_place(ranks):
+    line = "result = x.clone(memory_format=torch.contiguous_format)"
+    with pytest.raises(AssertionError, match="max error"):
+        ranks.run(_tp_traps, 2, (line, "result = x.detach()"))
+
+
+def _tp_cross_entropy(change=None):
+    m, group, rank = tp_version(change), dist.group.WORLD, dist.get_rank()
+    n, V = dist.get_world_size(), 24
+    for shape, dtype, scale, limit, rounding in (((2, 7), torch.float64, 1.0, 1e-14, 1e-14),
+                                                 ((11,), torch.float64, 1e4, 1e-10, 1e-14),
+                                                 ((2, 7), torch.bfloat16, 1.0, 1e-6, 3e-4)):
+        full = scale * torch.randn(*shape, V, generator=seeded(), dtype=torch.float64)
+        full = full.to(dtype).detach().requires_grad_()
+        targets = torch.randint(V, shape, generator=seeded(1))
+        targets.flatten()[::4] = 99
+        wide = full.to(torch.promote_types(dtype, torch.float32)).flatten(0, -2)
+        want = F.cross_entropy(wide, targets.flatten(), ignore_index=99)
+        want.backward()
+        part = full.detach().chunk(n, -1)[rank].clone().requires_grad_()
+        kept, sent, real = part.detach().clone(), [], dist.all_reduce
+
+        def all_reduce(tensor, *args, **options):
+            sent.append(tensor.numel())
+            return real(tensor, *args, **options)
+
+        dist.all_reduce = all_reduce
+        try:
+            loss = m.vocab_parallel_cross_entropy(part, targets, group, ignore_index=99)
+            loss.backward()
+        finally:
+            dist.all_reduce = real
+        close(loss, want, limit, f"loss {dtype}")
+        close(part.grad, full.grad.chunk(n, -1)[rank], rounding, f"gradient {dtype}")
+        assert torch.equal(part, kept) and part.grad.dtype == dtype
+        assert sum(sent) == 3 * targets.numel() + 2, f"max error: {sent} numbers travelled"
+    logits, good = torch.zeros(2, 3, V // n), torch.zeros(2, 3, dtype=torch.long)
+    for label in V, -1, 10**6:
+        targets = good.clone()
+        targets[1, 2] = label if rank == n - 1 else 0          # one rank only: all must raise
+        with pytest.raises(ValueError, match=rf"tokens .*{label}.*need 0 to {V - 1}"):
+            m.vocab_parallel_cross_entropy(logits, targets, group)
+    with pytest.raises(ValueError, match=f"tokens 0 to {V}; need 0 to {V - 1}"):
+        m.VocabParallelEmbedding(V, 4, group=group)(torch.tensor([[0, 1], [2, V]]))
+    assert m.vocab_parallel_cross_entropy(logits, good - 100, group).isnan(), "as torch: no target"
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_vocab_parallel_cross_entropy_equals_torchs_and_sends_three_numbers_a_target(ranks, n):
+    ranks.run(_tp_cross_entropy, n)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("dist.ReduceOp.MAX", "dist.ReduceOp.MIN"),
+    ("torch.promote_types(logits.dtype, torch.float32)", "logits.dtype"),
+    ("z.detach().amax(-1)", "z.detach()[..., 0]"),
+    ("reduce_from_tp(torch.stack", "copy_to_tp(torch.stack"),
+    ("/ counted.sum()", "/ counted.numel()")])
+def test_the_vocab_parallel_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="max error"):
+        ranks.run(_tp_cross_entropy, 2, (line, broken))
+
+
+@contextlib.contextmanager
+def tp_counted(m, calls):
+    """Appends (name, elements of the whole tensor) of every collective of tp.py."""
+    def counting(name, collective):
+        def call(result, *args, **options):
+            calls.append((name, result.numel()))
+            return collective(result, *args, **options)
+        return call
+
+    with mock.patch.object(m, "all_gather", counting("all_gather", m.all_gather)), \
+            mock.patch.multiple(dist, **{name: counting(name, getattr(dist, name))
+                                         for name in ("all_reduce", "all_to_all_single")}):
+        yield
+
+
+def _tp_costs(change=None):
+    """Collectives and elements of a block, and the bytes it keeps for backward (bf16)."""
+    m, group, n = tp_version(change), dist.group.WORLD, dist.get_world_size()
+    B, T, C, H = 2, 12, 96, 12
+    for split, sequence_parallel in (None, False), (group, False), (group, True):
+        t = 1 if split is None else n
+        block = TpBlock(m, C, H, H, split, sequence_parallel).bfloat16()
+        block.q_scale = None                    # the block of Korthikanti's table has none
+        x = torch.randn(B, T // t if sequence_parallel else T, C, generator=seeded()).bfloat16()
+        x = x.requires_grad_()
+        forward, backward, kept = [], [], {}
+        weights = {p.data_ptr() for p in block.parameters()}
+
+        def pack(tensor):                       # what grows with C: not the norms' statistics
+            if tensor.data_ptr() not in weights and tensor.numel() > B * T:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with tp_counted(m, forward):
+                y = block(x)
+        with tp_counted(m, backward):
+            y.sum().backward()
+        size = B * T * C
+        if sequence_parallel and t > 1:
+            assert sorted(forward) == sorted(
+                2 * [("all_gather", size), ("all_to_all_single", size)]), f"counted {forward}"
+            assert sorted(backward) == sorted(forward), f"counted {backward}"
+        else:
+            reduces = 2 * [("all_reduce", size)] if t > 1 else []
+            assert (forward, backward) == (reduces, reduces), f"counted {forward} {backward}"
+        halves = {"all_reduce": 2, "all_gather": 1, "all_to_all_single": 1}     # in a ring
+        sent = sum(halves[name] * whole * (t - 1) / t for name, whole in forward + backward)
+        assert sent == 8 * size * (t - 1) / t
+        # Korthikanti table 2: 34 + 5 H T / C; tensor parallel 10 + 24/t + ...; split tokens / t,
+        # but here the two gathered inputs of column layers are kept whole: 4 + 30/t.
+        whole = 4 if sequence_parallel else 10
+        want = size * (whole + (34 - whole) / t) + 5 * B * H * T * T / t
+        assert sum(kept.values()) == want, f"counted {sum(kept.values())} bytes, not {want}"
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_tp_has_four_all_reduces_a_layer_or_their_halves_and_keeps_korthikantis_bytes(ranks, n):
+    ranks.run(_tp_costs, n)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("outputs = ColumnProducts.apply(x, group, split_tokens, *(m.weight for m in layers))",
+     "outputs = [ColumnProducts.apply(x, group, split_tokens, m.weight)[0] for m in layers]"),
+    ("ctx.save_for_backward(x, *weights)", "ctx.save_for_backward(x.float(), *weights)")])
+def test_the_tp_cost_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="counted"):
+        ranks.run(_tp_costs, 2, (line, broken))
+
+
+def _tp_weights(change=None):
+    """Every layout is the same model: seeded alike, a layer is nn.Linear, sliced."""
+    m, group, n = tp_version(change), dist.group.WORLD, dist.get_world_size()
+    rank, calls, full = dist.get_rank(), [], {}
+    for build, plain, dim in ((m.ColumnParallelLinear, nn.Linear, 0),
+                              (m.RowParallelLinear, nn.Linear, 1),
+                              (m.VocabParallelEmbedding, nn.Embedding, 0)):
+        torch.manual_seed(3)
+        layer = build(24, 12, group=group)
+        torch.manual_seed(3)
+        want = plain(24, 12)
+        close(layer.weight, want.weight.chunk(n, dim)[rank], 0, "part")
+        assert layer.weight.is_contiguous() and layer.weight.shard == ("tp", dim)
+        close(m.unshard(layer.weight, group), want.weight, 0, "unshard(shard(full))")
+        full[build.__name__] = m.unshard(layer.weight, group)
+        if plain is nn.Linear:
+            close(m.unshard(layer.bias, group), want.bias, 0, "bias")
+    alone = [dist.new_group([r]) for r in range(n)][rank]
+    others = [dist.new_group([r]) for r in range(n)][rank - 1]
+    with tp_counted(m, calls):
+        for single in alone, None:              # no collective, the same as nn.Linear
+            torch.manual_seed(3)
+            layers = m.ColumnParallelLinear(24, 12, group=single), m.RowParallelLinear(
+                12, 24, group=single, sequence_parallel=True)
+            x = torch.randn(2, 5, 24, generator=seeded())
+            plain = F.linear(F.linear(x, layers[0].weight, layers[0].bias), layers[1].weight,
+                             layers[1].bias)
+            close(layers[1](layers[0](x)), plain, 1e-6, "alone")
+            logits = torch.randn(2, 5, 9, generator=seeded())
+            targets = torch.tensor([[0, 1, 2, 3, -100], [8, 7, 6, 5, 4]])
+            close(m.vocab_parallel_cross_entropy(logits, targets, single),
+                  F.cross_entropy(logits.flatten(0, 1), targets.flatten()), 0, "alone")
+            m.VocabParallelEmbedding(9, 4, group=single)(targets.clamp(0))
+            m.sum_replicated_grads(layers[1], single)
+    assert not calls, f"max error: a group of one used {calls}"
+    for make in (lambda: m.ColumnParallelLinear(8, 4 * n + 1, group=group),
+                 lambda: m.RowParallelLinear(4 * n + 1, 8, group=group),
+                 lambda: m.VocabParallelEmbedding(4 * n + 1, 8, group=group),
+                 lambda: m.ColumnParallelLinear(8, 8 * n, group=group, heads=n + 1),
+                 lambda: m.ColumnParallelLinear(8, 8 * n, group=group, heads=1)):
+        with pytest.raises(ValueError, match=f"over {n} ranks: pick a multiple of {n}"):
+            make()
+    with pytest.raises(ValueError, match="this rank is not in the group"):
+        m.ColumnParallelLinear(8, 8, group=others)
+    layer = m.RowParallelLinear(8 * n, 8, group=group, sequence_parallel=True)
+    with pytest.raises(ValueError, match=f"{4 * n + 1} tokens over {n} ranks"):
+        layer(torch.randn(2, 4 * n + 1, 8))
+    for dtype in torch.int64, torch.bool:
+        with pytest.raises(ValueError, match="give a floating-point tensor"):
+            m.ColumnParallelLinear(8, 8 * n, group=group)(torch.ones(2, 3, 8, dtype=dtype))
+    return full
+
+
+def test_tp_layers_start_as_slices_of_torchs_and_refuse_what_does_not_split(ranks):
+    two, four = ranks.run(_tp_weights, 2)[0], ranks.run(_tp_weights, 4)[3]
+    for name in two:
+        close(two[name], four[name], 0, f"{name}: 2 ranks -> full = 4 ranks -> full")
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("x.chunk(n, dim)[dist.get_rank(group)]", "x.chunk(n, dim)[0]"),
+    ("torch.cat(result.chunk(n), dim)", "torch.cat(result.chunk(n)[::-1], dim)"),
+    ('if kind == "copy" or n == 1:', 'if kind == "copy" or n == 1 and kind == "split":')])
+def test_the_tp_weights_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="max error"):
+        ranks.run(_tp_weights, 2, (line, broken))
+
+
+def _tp_gathers(change=None):
+    """gather_from_tp and scatter_to_tp, values and gradients; gather_output; the global norm."""
+    m, group, rank, n = tp_version(change), dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    full = torch.randn(2, 3, 12, generator=seeded(), dtype=torch.float64)
+    weight = torch.randn(2, 3, 12, generator=seeded(1), dtype=torch.float64)
+    part = full.chunk(n, -1)[rank].clone().requires_grad_()
+    whole = m.gather_from_tp(part, group)
+    close(whole, full, 0, "gathered")
+    (whole * weight).sum().backward()
+    close(part.grad, weight.chunk(n, -1)[rank], 0, "gradient of a part")
+    whole = full.clone().requires_grad_()
+    (m.scatter_to_tp(whole, group) * weight.chunk(n, -1)[rank]).sum().backward()
+    close(whole.grad, weight, 0, "gradient of the whole")
+    torch.manual_seed(0)
+    layer = m.ColumnParallelLinear(12, 24, group=group, gather_output=True).double()
+    torch.manual_seed(0)
+    plain = nn.Linear(12, 24).double()
+    close(layer(full), plain(full), 1e-14, "gather_output")
+    model = nn.ModuleList([layer, nn.LayerNorm(24).double()])
+    reference = nn.Sequential(plain, nn.LayerNorm(24).double())
+    model[1](layer(full)).pow(3).sum().backward()
+    reference(full).pow(3).sum().backward()
+    want = nn.utils.get_total_norm([p.grad for p in reference.parameters()])
+    close(m.grad_norm(model.parameters(), group), want, 1e-11, "norm")
+    twice = [*model.parameters(), *model.parameters()]          # tied: named twice, counted once
+    close(m.grad_norm(twice, group), want, 1e-11, "norm")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_tp_gathers_scatters_and_takes_the_norm_of_the_whole_gradient(ranks, n):
+    ranks.run(_tp_gathers, n)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ('"all-gather", "split", -1, group', '"all-gather", "reduce-scatter", -1, group'),
+    ('"split", "all-gather", -1, group', '"split", "split", -1, group'),
+    ('if not hasattr(p, "shard")])\n    parts', 'if True])\n    parts')])
+def test_the_tp_gather_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="max error|invalid gradient"):
+        ranks.run(_tp_gathers, 2, (line, broken))
+
+
+def _tp_autocast(change=None):
+    """torch.autocast: bfloat16 products, float32 weights and gradients, near the dense ones."""
+    m, group, x = tp_version(change), dist.group.WORLD, torch.randn(2, 12, 24, generator=seeded())
+    grads, n = [], dist.get_world_size()
+    for split, sequence_parallel in (None, False), (group, False), (group, True):
+        torch.manual_seed(0)
+        layers = (m.ColumnParallelLinear(24, 24, group=split, sequence_parallel=sequence_parallel),
+                  m.RowParallelLinear(24, 24, group=split, sequence_parallel=sequence_parallel))
+        part = x.chunk(n, 1)[dist.get_rank()] if sequence_parallel else x
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layers[1](F.gelu(layers[0](part)))
+        y.float().square().sum().backward()
+        grads.append(layers[0].weight.grad)
+        assert grads[-1].dtype == torch.float32
+    want = grads[0].chunk(n, 0)[dist.get_rank()]
+    for grad in grads[1:]:
+        close(grad / want.abs().max(), want / want.abs().max(), 0.02, "under autocast")
+
+
+def test_tp_works_under_autocast_and_the_check_notices(ranks):
+    ranks.run(_tp_autocast, 2)
+    with pytest.raises(AssertionError, match="under autocast"):
+        ranks.run(_tp_autocast, 2, TP_BROKEN[2])
+
+
 # ------------------------------------------------------------------ data.py
 
 def check_an_epoch_reads_every_target_once(module):
@@ -3184,6 +3642,9 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--device", "abacus", *new], "choose from"),
         (["--data", corpus, "--seed", "-1", *new], "must be 0 or more"),
         (["--no-such-flag"], "unrecognized arguments"),
+        (["--data", corpus, "--zero", "4", *new], "choose from"),
+        (["--data", corpus, "--zero", "1", "--optimizer", "muon", *new], "Muon needs whole"),
+        (["--resume", "--zero", "1", "--out", str(out)], "--optimizer adamw, or --zero 0"),
         (["--resume", *new], "no checkpoint"),
         (["--resume", "--dim", "64", "--out", str(out)], "dim = 32, this run has 64"),
         (["--resume", "--data", __file__, "--out", str(out)], "saved with data"),
@@ -3247,12 +3708,13 @@ def test_train_a_diverging_run_stops_with_an_error(ranks, corpus, tmp_path):
 
 # ------------------------------------------------------------------ the house
 
-PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "data", "resume", "metrics"}
+PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "tp", "data", "resume",
+         "metrics"}
 MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
-    "model": {"rope", "flash_attn"},
-    "train": {"model", "muon", "ddp", "zero", "data", "resume", "metrics"}}
-LONGEST = {"model": 350, "train": 350, "zero": 600}         # lines; the others at most 300
+    "model": {"rope", "flash_attn", "tp"},
+    "train": {"model", "muon", "ddp", "zero", "tp", "data", "resume", "metrics"}}
+LONGEST = {"model": 350, "train": 350, "zero": 600, "tp": 520}         # lines; the others at most 300
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()
 

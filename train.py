@@ -5,6 +5,7 @@
     python train.py --data my.txt       on your file: its last 10 % are the validation text
     python train.py --nproc 2           on 2 processes; or: torchrun --nproc-per-node 2 train.py
     python train.py --nproc 2 --zero 3  the same, but a rank holds half the weights (see zero.py)
+    python train.py --nproc 2 --tp 2    2 processes split every layer (see tp.py)
     python train.py --resume            go on from the last checkpoint, with the run's own settings
     python train.py --objective mlm     masked (BERT) instead of causal (GPT) language modelling
 
@@ -36,10 +37,11 @@ from ddp import DDP
 from metrics import Meter, scores
 from model import GPT, Config
 from muon import Muon
+from tp import grad_norm, part_like, sum_replicated_grads, unshard
 from zero import Zero
 
 SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "dropout", "seed")
-LAYOUT = ("nproc", "zero", "device", "out", "resume")   # --resume: taken from the command line
+LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "device", "out", "resume")  # not resumed
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
@@ -52,7 +54,8 @@ def build_optimizers(model, args):
     """-> [(optimizer, its peak learning rate), ...], and the line that says which trains what."""
     lr = {"muon": 0.04, "adamw": 0.002}[args.optimizer] if args.lr is None else args.lr
     if args.optimizer == "adamw":
-        why = f": --zero {args.zero} steps parts, Muon needs whole matrices" if args.zero else ""
+        split = f"--zero {args.zero}" if args.zero else f"--tp {args.tp}" if args.tp > 1 else ""
+        why = f": with {split} a rank has parts, Muon needs whole matrices" if split else ""
         return [(torch.optim.AdamW(model.parameters(), lr, **ADAMW), lr)], (
             f"AdamW (lr {lr:g}) for all tensors{why}")
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -69,10 +72,13 @@ class Trainer:
     def __init__(self, args):
         self.args, self.out = args, pathlib.Path(args.out)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        parts = self.world * args.microbatches
+        if self.world % args.tp:
+            raise ValueError(f"--tp {args.tp} does not divide {self.world} processes")
+        self.dp, self.dp_rank = self.world // args.tp, self.rank // args.tp
+        parts = self.dp * args.microbatches
         if args.batch_size % parts:
             raise ValueError(f"--batch-size {args.batch_size} does not split into {parts} parts, "
-                             f"ranks x microbatches: pick a multiple of {parts}")
+                             f"ranks / tp x microbatches: pick a multiple of {parts}")
         self.log = self.out / "metrics.jsonl"
         taken = self.out.is_file() or self.out.is_dir() and any(self.out.iterdir())
         if taken and not self.log.exists():
@@ -81,11 +87,15 @@ class Trainer:
         self.windows = Windows(text, args.seq_len, args.seed)
         self.val_windows = Windows(val_text, args.seq_len, args.seed, shuffle=False)
         causal = args.objective == "causal"
-        config = Config(vocab_size=256 if causal else MASK + 1, causal=causal,
+        config = Config(vocab_size=256 if causal else 264, causal=causal,   # 264: MASK and padding
                         **{name: getattr(args, name) for name in SHAPE})
         self.facts = {**dataclasses.asdict(config), "optimizer": args.optimizer,
                       "data": f"{len(text)} bytes with crc32 {zlib.crc32(text):08x}"}
-        self.model = GPT(config).to(args.device)
+        dp_group = self.tp_group = None
+        if args.tp > 1:
+            mesh = dist.init_device_mesh(args.device, (self.dp, args.tp), mesh_dim_names=("dp", "tp"))
+            dp_group, self.tp_group = mesh.get_group("dp"), mesh.get_group("tp")
+        self.model = GPT(config, self.tp_group, args.sequence_parallel).to(args.device)
         self.optimizers, trained_by = build_optimizers(self.model, args)
         self.zero = None
         self.step = self.load() if args.resume else 0
@@ -94,13 +104,15 @@ class Trainer:
             self.zero = Zero(self.model, args.zero, torch.optim.AdamW, lr=peak, **ADAMW)
             self.zero.load_full_state_dict(state)
             self.optimizers = [(self.zero.optimizer, peak)]
-        self.parallel = self.zero or DDP(self.model)    # returns when all ranks have come here
+        self.parallel = self.zero or DDP(self.model, dp_group)      # waits for all ranks
         if self.rank == 0:
             self.prepare()
         self.meter = Meter(self.log if self.rank == 0 else None, self.step, args.steps,
                            args.batch_size * args.seq_len)
-        say(f"model  {sum(p.numel() for p in self.model.parameters()):,} parameters: {args.layers} "
-            f"layers, C={args.dim}, H={args.heads}, T={args.seq_len}; {self.world} x {args.device}")
+        count = sum(p.numel() * (args.tp if hasattr(p, "shard") else 1)
+                    for p in self.model.parameters())
+        say(f"model  {count:,} parameters: {args.layers} layers, C={args.dim}, H={args.heads}, "
+            f"T={args.seq_len}; {self.world} x {args.device}")
         say(f"data   {len(text):,} bytes to learn from, {len(val_text):,} to validate on")
         say(f"optim  {trained_by}")
 
@@ -117,12 +129,16 @@ class Trainer:
         """All that a checkpoint holds, by names and shapes that do not depend on the layout."""
         if self.zero:
             return self.zero.full_state_dict()
+        return {name: unshard(p, self.tp_group, t) if t.dim() else t
+                for name, p, t in self.entries()}
+
+    def entries(self):
+        """Names, parameters, and the tensors of this rank: the parameters', the optimizers'."""
         names = {p: name for name, p in self.model.named_parameters()}
-        state = {f"model.{name}": p.detach() for p, name in names.items()}
+        yield from ((f"model.{name}", p, p.detach()) for p, name in names.items())
         for optimizer, _ in self.optimizers:
             for p, entries in optimizer.state.items():
-                state.update({f"optimizer.{names[p]}.{key}": entries[key] for key in entries})
-        return state
+                yield from ((f"optimizer.{names[p]}.{key}", p, t) for key, t in entries.items())
 
     def load(self):
         """Read the last checkpoint into model and optimizers, in place -> its step."""
@@ -133,7 +149,11 @@ class Trainer:
                     p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad()
-        return resume.load(resume.saved(self.out)[-1], self.tensors(), self.facts)
+        state = self.tensors()
+        step = resume.load(resume.saved(self.out)[-1], state, self.facts)
+        for name, p, t in self.entries():
+            t.copy_(part_like(p, state[name], self.tp_group) if t.dim() else state[name])
+        return step
 
     def save(self):
         settings = {key: value for key, value in vars(self.args).items() if key not in LAYOUT}
@@ -151,8 +171,8 @@ class Trainer:
         count = self.val_windows.count
         numbers = range(0, count, max(1, count // most) if most else 1)
         nats, targets = 0.0, 0
-        for i in range(0, len(numbers), 32 * self.world):
-            mine = numbers[i:i + 32 * self.world][self.rank::self.world]
+        for i in range(0, len(numbers), 32 * self.dp):
+            mine = numbers[i:i + 32 * self.dp][self.dp_rank::self.dp]
             x, y = examples(self.val_windows, mine or numbers[:1], self.args.objective)
             loss = self.model(x.to(self.args.device), y.to(self.args.device))[1]    # on all ranks
             predicted = (y != -100).sum().item() if mine else 0
@@ -165,10 +185,12 @@ class Trainer:
     def backward(self):
         """Gradients of the step's batch, mean over microbatches and ranks -> this rank's loss."""
         args, total = self.args, 0.0
-        rows = args.batch_size // (self.world * args.microbatches)
-        torch.manual_seed(zlib.crc32(f"{args.seed} {self.step} {self.rank}".encode()))  # dropout
+        rows = args.batch_size // (self.dp * args.microbatches)
+        # Dropout: one mask for what the ranks of a tp group hold alike, others for split tokens.
+        holder = self.rank if args.sequence_parallel else self.dp_rank
+        torch.manual_seed(zlib.crc32(f"{args.seed} {self.step} {holder}".encode()))
         for i in range(args.microbatches):
-            begin = self.step * args.batch_size + (self.rank * args.microbatches + i) * rows
+            begin = self.step * args.batch_size + (self.dp_rank * args.microbatches + i) * rows
             x, y = examples(self.windows, range(begin, begin + rows), args.objective)
             last = i == args.microbatches - 1
             with contextlib.nullcontext() if last else self.parallel.no_sync():
@@ -176,13 +198,16 @@ class Trainer:
                 loss.backward()
             total = total + loss.detach()
         self.parallel.sync()
+        if args.sequence_parallel:
+            sum_replicated_grads(self.model, self.tp_group)
         return total
 
     def update(self):
         """Clip, set the learning rate (linear warm-up times linear decay to zero), step -> norm."""
-        clip = self.args.clip or math.inf
-        norm = (self.zero.clip_grad_norm_(clip) if self.zero else
-                nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        clip, params = self.args.clip or math.inf, list(self.model.parameters())
+        norm = self.zero.clip_grad_norm_(clip) if self.zero else grad_norm(params, self.tp_group)
+        if not self.zero:
+            nn.utils.clip_grads_with_norm_(params, clip, norm)
         warm = min(1, (self.step + 1) / max(1, self.args.warmup))
         for optimizer, peak in self.optimizers:
             for group in optimizer.param_groups:
@@ -275,6 +300,8 @@ def parse(argv):
     here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu", "mps"]
     add("--device", choices=here, default=here[0])
     add("--nproc", type=int, default=1, help="processes to start on this machine")
+    add("--tp", type=int, default=1, help="processes that split every layer")
+    add("--sequence-parallel", action="store_true", help="with --tp: norms, residual stream, too")
     add("--zero", type=int, choices=range(4), default=0, help="ZeRO stage; 0: each holds all")
     add("--out", default="out", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -287,14 +314,16 @@ def parse(argv):
             raise ValueError(f"--resume: no checkpoint in {args.out}; start without --resume")
         parser.set_defaults(**resume.settings_of(resume.saved(args.out)[-1]))
         args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "microbatches", "nproc",
+    for name in ("steps", "batch_size", "microbatches", "nproc", "tp",
                  "save_every", "eval_every", "log_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
-    args.optimizer = args.optimizer or ("adamw" if args.zero else "muon")
-    if args.zero and args.optimizer == "muon":
-        raise ValueError(f"--zero {args.zero} cuts the matrices that Muon needs whole: "
-                         f"--optimizer adamw, or --zero 0")
+    args.optimizer = args.optimizer or ("adamw" if args.zero or args.tp > 1 else "muon")
+    if (args.zero or args.tp > 1) and args.optimizer == "muon":
+        raise ValueError("--zero and --tp cut the matrices that Muon needs whole: "
+                         "--optimizer adamw, or neither")
+    if args.zero and args.tp > 1:
+        raise ValueError("--zero with --tp is not supported: drop one of them")
     return args
 
 
