@@ -175,12 +175,8 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             h, gate = column_parallel(x, self.up, self.gate)
             return self.down(F.silu(gate) * h)
-        h = self.up(x)
-        if self.kind == "gelu":
-            h = F.gelu(h)
-        else:
-            h = F.relu(h) if self.kind == "relu" else F.relu(h).square()
-        return self.down(h)
+        h = F.gelu(self.up(x)) if self.kind == "gelu" else F.relu(self.up(x))
+        return self.down(h.square() if self.kind == "relu2" else h)
 
 
 class Block(nn.Module):
@@ -331,7 +327,8 @@ class GPT(nn.Module):
                 if tokens.shape[1] - start > limit:
                     start, cache = tokens.shape[1] - (limit + 1) // 2, []
                 seen = cache[0]["k"].shape[2] if cache else 0
-                logits, _ = self(tokens[:, start + seen:], None, memory, cache if use_cache else None)
+                known = cache if use_cache else None
+                logits, _ = self(tokens[:, start + seen:], None, memory, known)
                 token = pick(logits[:, -1].float(), temperature, top_k, generator)
                 tokens = torch.cat([tokens, token], dim=1)
         finally:

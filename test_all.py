@@ -3384,6 +3384,91 @@ def test_model_bad_input_is_refused_with_the_fix():
         gpt.generate(some_tokens(), 1, temperature=-1)
 
 
+TP_CONFIGS = {
+    "today": dict(kv_heads=12, hidden=36),
+    "GPT-2": dict(norm="layernorm", position="learned", mlp="gelu", qk_norm=False, bias=True,
+                  tied=True),
+    "2017": dict(norm="layernorm", norm_place="post", position="sinusoidal", mlp="relu",
+                 qk_norm=False, bias=True, tied=True, scale_embedding=True, causal=False),
+    "alibi": dict(position="alibi", mlp="relu2", hidden=48)}
+
+
+def _model_tp(change=None):
+    """Loss, logits, every gradient, and what is generated = one process, float64."""
+    module = mutant("model", *change) if change else model_module
+    group, rank, n = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    x, y = torch.randint(36, (2, 2, 12), generator=seeded())
+    y[0, :4] = -100
+    for name, options in TP_CONFIGS.items():
+        config = module.Config(vocab_size=36, seq_len=12, layers=2, dim=48, heads=12,
+                               **{"hidden": 24, **options})
+        dense = module.GPT(config).double()
+        moved = seeded(5)                       # o and down start at 0: then nothing would be seen
+        for p in dense.parameters():
+            p.data += 0.2 * torch.randn(p.shape, generator=moved, dtype=torch.float64)
+        _, want = dense(x, y)
+        want.backward()
+        for sequence_parallel in False, True:
+            split = module.GPT(config, group, sequence_parallel).double()
+            at_start = dict(module.GPT(config).double().named_parameters())
+            whole = dict(dense.named_parameters())
+            for key, p in split.named_parameters():
+                close(tp.unshard(p, group), at_start[key], 0, f"{name} {key} at the start")
+                p.data.copy_(tp.part_like(p, whole[key].detach(), group))
+            logits, loss = split(x, y)
+            close(loss, want, 1e-12, f"{name} loss")
+            loss.backward()
+            if sequence_parallel:
+                tp.sum_replicated_grads(split, group)
+            for key, p in split.named_parameters():
+                close(tp.unshard(p, group, p.grad), whole[key].grad, 1e-12, f"{name} {key}")
+                assert hasattr(p, "shard") or gathered_equal(p.grad), f"max error: {name} {key}"
+            close(logits, dense(x)[0].chunk(n, -1)[rank], 1e-11, f"{name} logits")
+            close(split(x)[0], dense(x)[0], 1e-11, f"{name} gathered logits")
+            norm = nn.utils.get_total_norm([p.grad for p in dense.parameters()])
+            close(tp.grad_norm(split.parameters(), group), norm, 1e-11, f"{name} norm")
+            if config.causal:
+                both = (m.generate(x[:, :5], 9, temperature=0) for m in (split, dense))
+                assert torch.equal(*both), f"max error: {name} generates something else"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_model_split_over_ranks_equals_one_process_in_every_architecture(ranks, n):
+    ranks.run(_model_tp, n)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("weight = copy_to_tp(weight, self.group)", "pass"),
+    ('collective("split", alibi_bias(config.heads, T), 0, tp_group)()',
+     "alibi_bias(config.heads, T)[:config.heads // n]"),
+    ('split = "split" if self.embed.sequence_parallel else "copy"', 'split = "copy"'),
+    ('collective("split", whole, dim, self.tp_group)() if n > 1 else whole',
+     "whole.chunk(n, dim)[0]"),
+    ("            module.sequence_parallel = False\n", "            pass\n")])
+def test_the_split_model_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="max error|size of tensor|tokens over"):
+        ranks.run(_model_tp, 2, (line, broken))
+
+
+def _model_tp_refuses():
+    group, n = dist.group.WORLD, dist.get_world_size()
+    fits = dict(vocab_size=36, seq_len=12, layers=1, dim=48, heads=12)
+    for options, match in ((dict(heads=4), "4 heads over 3 ranks"),
+                           (dict(kv_heads=4), "4 heads over 3 ranks: pick a multiple of 3"),
+                           (dict(vocab_size=256), "256 features over 3 ranks"),
+                           (dict(hidden=40), "40 features over 3 ranks")):
+        with pytest.raises(ValueError, match=match):
+            GPT(Config(**{**fits, **options}), group)
+    with pytest.raises(ValueError, match="seq_len=16 over 3 ranks: pick a multiple of 3"):
+        GPT(Config(**{**fits, "seq_len": 16, "hidden": 24}), group, sequence_parallel=True)
+    with pytest.raises(ValueError, match="no cross_attention"):
+        GPT(Config(**fits, hidden=24, cross_attention=True), group, sequence_parallel=True)
+
+
+def test_model_refuses_what_does_not_split(ranks):
+    ranks.run(_model_tp_refuses, 3)
+
+
 # ------------------------------------------------------------------ train.py
 
 TINY = "--layers 2 --dim 32 --heads 2 --seq-len 16 --batch-size 12 --log-every 1".split()
@@ -3461,7 +3546,7 @@ def _first_gradient(module, argv):
     trainer = module.Trainer(module.parse(argv))
     trainer.model.double()
     trainer.backward()
-    return [p.grad for p in trainer.model.parameters()]
+    return [tp.unshard(p, trainer.tp_group, p.grad) for p in trainer.model.parameters()]
 
 
 def _gradients(mutation, argv):
@@ -3473,9 +3558,11 @@ def check_gradients_are_those_of_one_process(ranks, corpus, tmp_path, mutation=N
     """float64, before any optimizer: Adam and Muon would hide a constant factor."""
     argv = [*TINY, "--data", corpus, "--steps", "1", "--out", str(tmp_path / "a")]
     want = ranks.run(_gradients, 1, None, argv)[0]
-    for n, parts in ((1, 3), (2, 2), (3, 1)):
-        for got in ranks.run(_gradients, n, mutation, [*argv, "--microbatches", str(parts)]):
-            close(got, want, 1e-12, f"{n} ranks, {parts} microbatches")
+    for n, parts, *layout in ((1, 3), (2, 2), (3, 1), (2, 2, "--tp", "2"), (4, 1, "--tp", "2"),
+                              (4, 2, "--tp", "2", "--sequence-parallel")):
+        flags = [*argv, "--microbatches", str(parts), *layout]
+        for got in ranks.run(_gradients, n, mutation, flags):
+            close(got, want, 1e-12, f"{n} ranks, {parts} microbatches {layout}")
 
 
 def test_train_gradients_are_those_of_one_process(ranks, corpus, tmp_path):
@@ -3484,9 +3571,11 @@ def test_train_gradients_are_those_of_one_process(ranks, corpus, tmp_path):
 
 @pytest.mark.parametrize("mutation", [
     ("y.to(args.device))[1] / args.microbatches", "y.to(args.device))[1]"),
-    ("(self.rank * args.microbatches + i) * rows", "i * rows")])
+    ("(self.dp_rank * args.microbatches + i) * rows", "i * rows"),
+    ("(self.dp_rank * args.microbatches + i) * rows", "(self.rank * args.microbatches + i) * rows"),
+    ("sum_replicated_grads(self.model, self.tp_group)", "pass")])
 def test_train_the_gradient_check_notices(ranks, corpus, tmp_path, mutation):
-    with pytest.raises(AssertionError, match="microbatches: max error"):
+    with pytest.raises(AssertionError, match="microbatches .*: max error"):
         check_gradients_are_those_of_one_process(ranks, corpus, tmp_path, mutation)
 
 
@@ -3580,10 +3669,9 @@ def test_train_a_run_of_two_ranks_resumes_on_one(ranks, corpus, tmp_path):
     assert max(abs(a[0] - b[0]) for a, b in zip(got, want, strict=True)) < 1e-5
 
 
-def test_train_zero_equals_replication_and_resumes_in_any_stage_on_any_ranks(
-        ranks, corpus, tmp_path):
-    argv = [*TINY, "--data", corpus, "--steps", "20", "--save-every", "10", "--eval-every", "10",
-            "--optimizer", "adamw", "--kv-heads", "1"]
+def test_train_zero_and_tp_equal_replication_and_resume_in_any_layout(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "10", "--save-every", "5", "--eval-every", "5",
+            "--optimizer", "adamw"]
     want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "one")])[0]
 
     def check_same(got, what):
@@ -3591,19 +3679,24 @@ def test_train_zero_equals_replication_and_resumes_in_any_stage_on_any_ranks(
             for x, y in zip(a, b):
                 assert x == y or abs(x - y) <= 1e-5 * max(1, abs(y)), (what, a, b)
 
-    moves = (1, 2, 3, 3), (2, 3, 0, 1), (3, 2, 1, 1), (3, 3, 2, 2), (0, 2, 3, 2)
-    for stage, n, other, m in moves:            # stage, ranks, then those of the resumed run
-        out = tmp_path / f"zero_{stage}_{n}"
-        zero_argv = [*argv, "--zero", str(stage), "--microbatches", "2", "--out", str(out)]
-        check_same(ranks.run(_train, n, zero_argv)[0], f"stage {stage} on {n} ranks")
+    sp = ("--tp", "2", "--sequence-parallel")
+    for i, ((n, *layout), *later) in enumerate((                # a run, and those that resume it
+            ((2, "--zero", "1"), (3, "--zero", "3")),
+            ((3, "--zero", "3"), (1, "--zero", "0"), (2, "--tp", "2")),
+            ((2, "--zero", "2", "--microbatches", "3"), (2, *sp)),
+            ((2, "--tp", "2"), (1, "--tp", "1"), (2, "--zero", "3")),
+            ((4, *sp, "--microbatches", "3"), (2, "--tp", "2")))):
+        out = str(tmp_path / f"layout_{i}")
+        check_same(ranks.run(_train, n, [*argv, *layout, "--out", out])[0], (n, layout))
+        for m, *other in later:
+            shutil.rmtree(resume.saved(out)[-1])
+            again = ["--resume", "--microbatches", "1", *other, "--out", out]
+            check_same(ranks.run(_train, m, again)[0], (n, layout, "then", m, other))
+    for layout in ("--zero", "3"), sp:                          # the same layout: bit for bit
+        out = str(tmp_path / layout[0])
+        whole = ranks.run(_train, 2, [*argv, *layout, "--dropout", "0.1", "--out", out])[0]
         shutil.rmtree(resume.saved(out)[-1])
-        resumed = ranks.run(_train, m, ["--resume", "--zero", str(other), "--out", str(out)])[0]
-        check_same(resumed, f"stage {stage} on {n} ranks, then {other} on {m}")
-    out = str(tmp_path / "zero_3_2")            # the same layout: bit for bit
-    again = [*argv, "--zero", "3", "--out", out + "_whole"]
-    whole = ranks.run(_train, 2, again)[0]
-    shutil.rmtree(resume.saved(out + "_whole")[-1])
-    assert ranks.run(_train, 2, ["--resume", "--zero", "3", "--out", out + "_whole"])[0] == whole
+        assert ranks.run(_train, 2, ["--resume", *layout, "--out", out])[0] == whole
 
 
 def test_train_an_earlier_run_is_kept(ranks, corpus, tmp_path):
@@ -3644,7 +3737,9 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--no-such-flag"], "unrecognized arguments"),
         (["--data", corpus, "--zero", "4", *new], "choose from"),
         (["--data", corpus, "--zero", "1", "--optimizer", "muon", *new], "Muon needs whole"),
-        (["--resume", "--zero", "1", "--out", str(out)], "--optimizer adamw, or --zero 0"),
+        (["--resume", "--zero", "1", "--out", str(out)], "train with --optimizer adamw"),
+        (["--data", corpus, "--tp", "2", *new], "--tp 2 does not divide 1 processes"),
+        (["--data", corpus, "--tp", "2", "--zero", "1", *new], "--zero with --tp"),
         (["--resume", *new], "no checkpoint"),
         (["--resume", "--dim", "64", "--out", str(out)], "dim = 32, this run has 64"),
         (["--resume", "--data", __file__, "--out", str(out)], "saved with data"),
@@ -3671,7 +3766,7 @@ def test_train_bad_input_under_nproc_gives_one_error_line_too(tmp_path):
     run = command("--nproc", "3", "--batch-size", "16", "--out", str(tmp_path / "new"))
     assert run.returncode == 2 and not (tmp_path / "new").exists()
     assert run.stderr.startswith(
-        "error: --batch-size 16 does not split into 3 parts, ranks x microbatches"
+        "error: --batch-size 16 does not split into 3 parts, data-parallel ranks x microbatches"
     )
     assert run.stderr.count("\n") == 1
 
@@ -3714,7 +3809,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
     "model": {"rope", "flash_attn", "tp"},
     "train": {"model", "muon", "ddp", "zero", "tp", "data", "resume", "metrics"}}
-LONGEST = {"model": 350, "train": 350, "zero": 600, "tp": 520}         # lines; the others at most 300
+LONGEST = {"model": 350, "train": 350, "zero": 600, "tp": 520}      # lines; others at most 300
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()
 

@@ -12,8 +12,6 @@
 --out (default out/) receives metrics.jsonl, loss.png, sample.txt and the last two checkpoints. A
 batch and its dropout masks are functions of (seed, step): a resumed run repeats the uninterrupted
 one bit for bit, and any number of processes sees the same data.
-
-Left out  mixed precision, and every way to split a model but data parallelism
 """
 
 import argparse
@@ -29,7 +27,6 @@ import zlib
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 
 import resume
 from data import MASK, Windows, examples, standard_library, text_file
@@ -54,8 +51,7 @@ def build_optimizers(model, args):
     """-> [(optimizer, its peak learning rate), ...], and the line that says which trains what."""
     lr = {"muon": 0.04, "adamw": 0.002}[args.optimizer] if args.lr is None else args.lr
     if args.optimizer == "adamw":
-        split = f"--zero {args.zero}" if args.zero else f"--tp {args.tp}" if args.tp > 1 else ""
-        why = f": with {split} a rank has parts, Muon needs whole matrices" if split else ""
+        why = ": Muon needs matrices whole on a rank" if args.zero or args.tp > 1 else ""
         return [(torch.optim.AdamW(model.parameters(), lr, **ADAMW), lr)], (
             f"AdamW (lr {lr:g}) for all tensors{why}")
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -78,7 +74,7 @@ class Trainer:
         parts = self.dp * args.microbatches
         if args.batch_size % parts:
             raise ValueError(f"--batch-size {args.batch_size} does not split into {parts} parts, "
-                             f"ranks / tp x microbatches: pick a multiple of {parts}")
+                             f"data-parallel ranks x microbatches: pick a multiple of {parts}")
         self.log = self.out / "metrics.jsonl"
         taken = self.out.is_file() or self.out.is_dir() and any(self.out.iterdir())
         if taken and not self.log.exists():
@@ -93,8 +89,8 @@ class Trainer:
                       "data": f"{len(text)} bytes with crc32 {zlib.crc32(text):08x}"}
         dp_group = self.tp_group = None
         if args.tp > 1:
-            mesh = dist.init_device_mesh(args.device, (self.dp, args.tp), mesh_dim_names=("dp", "tp"))
-            dp_group, self.tp_group = mesh.get_group("dp"), mesh.get_group("tp")
+            mesh = dist.init_device_mesh(args.device, (self.dp, args.tp))
+            dp_group, self.tp_group = mesh.get_group(0), mesh.get_group(1)
         self.model = GPT(config, self.tp_group, args.sequence_parallel).to(args.device)
         self.optimizers, trained_by = build_optimizers(self.model, args)
         self.zero = None
@@ -105,8 +101,12 @@ class Trainer:
             self.zero.load_full_state_dict(state)
             self.optimizers = [(self.zero.optimizer, peak)]
         self.parallel = self.zero or DDP(self.model, dp_group)      # waits for all ranks
-        if self.rank == 0:
-            self.prepare()
+        if self.log.exists() and not args.resume and self.rank == 0:    # nothing is overwritten
+            numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
+            aside = next(path for path in numbered if not path.exists())
+            os.replace(self.out, aside)
+            say(f"kept   the earlier run in {self.out} as {aside}")
+        self.out.mkdir(parents=True, exist_ok=True)
         self.meter = Meter(self.log if self.rank == 0 else None, self.step, args.steps,
                            args.batch_size * args.seq_len)
         count = sum(p.numel() * (args.tp if hasattr(p, "shard") else 1)
@@ -115,15 +115,6 @@ class Trainer:
             f"T={args.seq_len}; {self.world} x {args.device}")
         say(f"data   {len(text):,} bytes to learn from, {len(val_text):,} to validate on")
         say(f"optim  {trained_by}")
-
-    def prepare(self):
-        """Make --out ready. An earlier run there is moved aside: nothing is overwritten."""
-        if self.log.exists() and not self.args.resume:
-            numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
-            aside = next(path for path in numbered if not path.exists())
-            os.replace(self.out, aside)
-            say(f"kept   the earlier run in {self.out} as {aside}")
-        self.out.mkdir(parents=True, exist_ok=True)
 
     def tensors(self):
         """All that a checkpoint holds, by names and shapes that do not depend on the layout."""
@@ -142,11 +133,11 @@ class Trainer:
 
     def load(self):
         """Read the last checkpoint into model and optimizers, in place -> its step."""
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
         for optimizer, _ in self.optimizers:        # a step of size 0 makes its state tensors
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
-                for p in group["params"]:
-                    p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad()
         state = self.tensors()
@@ -154,10 +145,6 @@ class Trainer:
         for name, p, t in self.entries():
             t.copy_(part_like(p, state[name], self.tp_group) if t.dim() else state[name])
         return step
-
-    def save(self):
-        settings = {key: value for key, value in vars(self.args).items() if key not in LAYOUT}
-        resume.save(self.out, self.step, self.tensors(), self.facts, settings)
 
     def sum_over_ranks(self, *values):
         total = torch.tensor(values, dtype=torch.float64)
@@ -168,16 +155,14 @@ class Trainer:
     def evaluate(self, most=None):
         """Mean nats per target over all validation windows, or about `most` evenly spaced ones."""
         self.model.eval()
-        count = self.val_windows.count
-        numbers = range(0, count, max(1, count // most) if most else 1)
-        nats, targets = 0.0, 0
+        step = max(1, self.val_windows.count // most) if most else 1
+        numbers, nats, targets = range(0, self.val_windows.count, step), 0.0, 0
         for i in range(0, len(numbers), 32 * self.dp):
             mine = numbers[i:i + 32 * self.dp][self.dp_rank::self.dp]
             x, y = examples(self.val_windows, mine or numbers[:1], self.args.objective)
             loss = self.model(x.to(self.args.device), y.to(self.args.device))[1]    # on all ranks
             predicted = (y != -100).sum().item() if mine else 0
-            nats += loss.item() * predicted
-            targets += predicted
+            nats, targets = nats + loss.item() * predicted, targets + predicted
         self.model.train()
         nats, targets = self.sum_over_ranks(nats, targets)
         return nats / targets
@@ -186,8 +171,7 @@ class Trainer:
         """Gradients of the step's batch, mean over microbatches and ranks -> this rank's loss."""
         args, total = self.args, 0.0
         rows = args.batch_size // (self.dp * args.microbatches)
-        # Dropout: one mask for what the ranks of a tp group hold alike, others for split tokens.
-        holder = self.rank if args.sequence_parallel else self.dp_rank
+        holder = self.rank if args.sequence_parallel else self.dp_rank  # of a dropout mask
         torch.manual_seed(zlib.crc32(f"{args.seed} {self.step} {holder}".encode()))
         for i in range(args.microbatches):
             begin = self.step * args.batch_size + (self.dp_rank * args.microbatches + i) * rows
@@ -205,9 +189,11 @@ class Trainer:
     def update(self):
         """Clip, set the learning rate (linear warm-up times linear decay to zero), step -> norm."""
         clip, params = self.args.clip or math.inf, list(self.model.parameters())
-        norm = self.zero.clip_grad_norm_(clip) if self.zero else grad_norm(params, self.tp_group)
-        if not self.zero:
-            nn.utils.clip_grads_with_norm_(params, clip, norm)
+        if self.zero:
+            norm = self.zero.clip_grad_norm_(clip)
+        else:
+            norm = grad_norm(params, self.tp_group)
+            torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
         warm = min(1, (self.step + 1) / max(1, self.args.warmup))
         for optimizer, peak in self.optimizers:
             for group in optimizer.param_groups:
@@ -238,7 +224,8 @@ class Trainer:
                 values |= scores(self.evaluate(None if self.step == args.steps else 100))
             line = self.meter.log(self.step, **values)
             if keep:
-                self.save()
+                settings = {key: value for key, value in vars(args).items() if key not in LAYOUT}
+                resume.save(self.out, self.step, self.tensors(), self.facts, settings)
             say(line)
 
     def finish(self):
@@ -269,8 +256,7 @@ class Trainer:
 
 
 def fail(message):
-    """Bad input: one line, exit code 2. Under torchrun rank 0 speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":          # under torchrun rank 0 speaks for all
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -314,14 +300,13 @@ def parse(argv):
             raise ValueError(f"--resume: no checkpoint in {args.out}; start without --resume")
         parser.set_defaults(**resume.settings_of(resume.saved(args.out)[-1]))
         args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "microbatches", "nproc", "tp",
-                 "save_every", "eval_every", "log_every"):
+    for name in "steps batch_size microbatches nproc tp save_every eval_every log_every".split():
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
     args.optimizer = args.optimizer or ("adamw" if args.zero or args.tp > 1 else "muon")
-    if (args.zero or args.tp > 1) and args.optimizer == "muon":
-        raise ValueError("--zero and --tp cut the matrices that Muon needs whole: "
-                         "--optimizer adamw, or neither")
+    if args.optimizer == "muon" and (args.zero or args.tp > 1):
+        raise ValueError("--zero and --tp cut the matrices that Muon needs whole: drop them, or "
+                         "train with --optimizer adamw")
     if args.zero and args.tp > 1:
         raise ValueError("--zero with --tp is not supported: drop one of them")
     return args
