@@ -189,10 +189,8 @@ class Trainer:
     def update(self):
         """Clip, set the learning rate (linear warm-up times linear decay to zero), step -> norm."""
         clip, params = self.args.clip or math.inf, list(self.model.parameters())
-        if self.zero:
-            norm = self.zero.clip_grad_norm_(clip)
-        else:
-            norm = grad_norm(params, self.tp_group)
+        norm = self.zero.clip_grad_norm_(clip) if self.zero else grad_norm(params, self.tp_group)
+        if not self.zero:
             torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
         warm = min(1, (self.step + 1) / max(1, self.args.warmup))
         for optimizer, peak in self.optimizers:
@@ -231,27 +229,29 @@ class Trainer:
     def finish(self):
         """A sample of what the model writes, the curve, and proof that all ranks hold one model."""
         state, crc32 = self.tensors(), 0
-        for name, _ in self.model.named_parameters():
-            crc32 = zlib.crc32(state[f"model.{name}"].cpu().numpy().tobytes(), crc32)
+        whole = GPT(self.model.config).to(self.args.device).eval()      # whatever the layout
+        for name, p in whole.named_parameters():
+            p.data.copy_(state[f"model.{name}"])
+            crc32 = zlib.crc32(p.detach().cpu().numpy().tobytes(), crc32)
         if self.sum_over_ranks(crc32) != [crc32 * self.world]:
             raise RuntimeError(f"rank {self.rank} holds other weights than the rest: {crc32:08x}")
-        self.sample()
         if self.rank == 0:
+            self.sample(whole)
             self.meter.plot(self.out / "loss.png")
         say(f"weights crc32 {crc32:08x} on {self.world} rank(s); the run is in {self.out}/")
 
-    def sample(self):
+    @torch.no_grad()
+    def sample(self, model):
         """causal: 500 new bytes. mlm: the first validation window, its hidden bytes filled in."""
         if self.args.objective == "causal":
             torch.manual_seed(self.args.seed)
             prompt = torch.tensor([list(b"\n" if self.args.data else b"\ndef ")])
-            tokens = self.model.generate(prompt.to(self.args.device), 500, temperature=0.8)
+            tokens = model.generate(prompt.to(self.args.device), 500, temperature=0.8)
         else:
             tokens = examples(self.val_windows, [0], "mlm")[0].to(self.args.device)
-            tokens = tokens.where(tokens != MASK, self.model(tokens)[0][..., :MASK].argmax(-1))
+            tokens = tokens.where(tokens != MASK, model(tokens)[0][..., :MASK].argmax(-1))
         text = bytes(tokens[0].tolist()).decode("utf-8", "replace")
-        if self.rank == 0:
-            (self.out / "sample.txt").write_text(text)
+        (self.out / "sample.txt").write_text(text)
         say(f"{' a sample of what it writes ':-^80}\n{text.strip()}\n{'':-^80}")
 
 
