@@ -9,8 +9,7 @@ layer, whose gradients travel in a bucket while those of earlier layers are bein
     bucket 0             [== all-reduce ==]
     bucket 1                                           [== all-reduce ==]  the wait
 
-Cost     a rank sends 2 (N-1)/N of the gradient bytes per step (ring), whatever the batch. Weights,
-         gradients, optimizer state: nothing saved. Activations shrink with the rank's rows.
+Cost     a rank sends 2 (N-1)/N of the gradient bytes a step (ring); only activations shrink.
 Paper    Li et al. 2020, PyTorch Distributed, section 3.2 (arXiv 2006.15704).
 Run      python ddp.py [--nproc N] [--bench]   or   torchrun --nproc-per-node N ddp.py [--bench]
 Left out sparse gradients, compression, buckets reordered after step 1: see torch/nn/parallel.
@@ -41,6 +40,7 @@ def _rank(rank, fn, n, path, args):
             torch.set_num_threads(1)            # n processes share the cores
             dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)
         fn(*args)
+        dist.barrier()                          # leave together: gloo may abort who is still busy
         dist.destroy_process_group()
     except Exception:
         sys.stdout.flush()                      # what was printed, the traceback, and end at once:

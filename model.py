@@ -28,6 +28,7 @@ import math
 import zlib
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -103,7 +104,7 @@ def _norm(config):
 
 class HeadNorm(nn.RMSNorm):
     """RMSNorm of every head. All ranks hold its weight, but each reads it for its own heads: a
-    term of the gradient. copy_to_tp sums them; split tokens have all such sums made later."""
+    term of the gradient. copy_to_tp sums them (D elements; split tokens: later, with others)."""
 
     def __init__(self, config, group, sequence_parallel):
         super().__init__(config.dim // config.heads, eps=config.norm_eps)
@@ -264,7 +265,8 @@ class GPT(nn.Module):
         return self.tables[name]
 
     def features(self, tokens, memory=None, cache=None):
-        """tokens (B, T) -> (B, T, C), what the head reads. An encoder's are a decoder's memory.
+        """tokens (B, T) -> (B, T, C), with sequence_parallel this rank's T / n: for the head, or as
+        a decoder's memory.
 
         cache: [] before the first call; later calls give the tokens that follow the cached ones."""
         config, device = self.config, tokens.device
@@ -277,8 +279,7 @@ class GPT(nn.Module):
             raise ValueError(f"cross_attention={config.cross_attention}, but memory is "
                              f"{'missing' if memory is None else 'given'}: use both or neither")
         x = self.embed(tokens)                              # (B, T, C), or this rank's tokens
-        if config.scale_embedding:
-            x = x * config.dim ** 0.5
+        x = x * config.dim ** 0.5 if config.scale_embedding else x
         rope = bias = None
         if config.position in ("learned", "sinusoidal"):
             learned = config.position == "learned"
@@ -327,9 +328,11 @@ class GPT(nn.Module):
                 if tokens.shape[1] - start > limit:
                     start, cache = tokens.shape[1] - (limit + 1) // 2, []
                 seen = cache[0]["k"].shape[2] if cache else 0
-                known = cache if use_cache else None
-                logits, _ = self(tokens[:, start + seen:], None, memory, known)
+                new, known = tokens[:, start + seen:], cache if use_cache else None
+                logits, _ = self(new, None, memory, known)
                 token = pick(logits[:, -1].float(), temperature, top_k, generator)
+                if tp_size(self.tp_group) > 1:              # the ranks may draw differently
+                    dist.broadcast(token, group=self.tp_group, group_src=0)
                 tokens = torch.cat([tokens, token], dim=1)
         finally:
             self.train(training)

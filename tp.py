@@ -10,12 +10,14 @@ Without f the loss looks fine, but what lies before gets one rank's term of the 
 replicas drift apart (figures/tp.png). Sequence parallelism: from g to the next f (norms, residual,
 dropout) a rank holds t = T / n of the tokens; f and g become the two halves of an all-reduce.
 
-Cost     a layer (attention, MLP): 2 all-reduces forward, 2 backward, or their halves; a rank sends
-         8 B T C (n-1)/n elements. In bf16 that takes less time than the layer's 72 B T C^2 / n
-         flop where flop/s < 4.5 C / (n-1) bytes/s: it pays for wide layers on few, well-linked
-         ranks. Kept for backward, bytes per B T C: 32 on one rank, 8 + 24 / n, with sequence
-         parallelism 4 + 28 / n (Korthikanti table 2 has 34, 10 + 24 / t, 34 / t: two dropout
-         masks more, and its split inputs gathered again in backward).
+Cost     a layer (attention, MLP of 4 C, all heads): 2 all-reduces forward, 2 backward, or their
+         halves; a rank sends 8 B T C (n-1)/n elements. In bf16 that is less time than what n
+         ranks save of the matrices' 72 B T C^2 flop where flop/s < 4.5 C x bytes/s: wide layers,
+         fast links; and less than what is left to a rank where flop/s < 4.5 C / (n-1) x bytes/s.
+         Kept for backward, bytes per B T C (bf16, GELU): 32 on one rank, 8 + 24 / n, with
+         sequence parallelism 4 + 28 / n. Korthikanti table 2 has 34, 10 + 24 / t, 34 / t beside
+         the scores (5 a s / h, which fused attention does not keep): two dropout masks more,
+         and split inputs gathered again in backward. All ranks must build layers from one seed.
 Paper    Shoeybi et al. 2019, section 3 (arXiv 1909.08053); Korthikanti et al. 2022 (2205.05198)
 Run      python tp.py [--nproc N] [--bench]   or   torchrun --nproc-per-node N tp.py       N: 2 3 4
 Left out vocabularies and heads that do not divide, key/value heads shared by ranks: see Megatron-LM
@@ -49,6 +51,7 @@ def _rank(rank, fn, n, path, args):
             torch.set_num_threads(1)            # n processes share the cores
             dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)
         fn(*args)
+        dist.barrier()                          # leave together: gloo may abort who is still busy
         dist.destroy_process_group()
     except Exception:
         sys.stdout.flush()                      # what was printed, the traceback, and end at once:
@@ -78,6 +81,9 @@ def collective(kind, x, dim, group):
     n = tp_size(group)
     if kind == "copy" or n == 1:
         return lambda: x.view_as(x)
+    if kind in ("split", "reduce-scatter") and x.shape[dim] % n:
+        raise ValueError(f"dimension {dim} of {tuple(x.shape)} over {n} ranks: pick a size (for "
+                         f"dimension 1: tokens) that is a multiple of {n}")
     if kind == "split":
         return lambda: x.chunk(n, dim)[dist.get_rank(group)].contiguous()
     if kind == "all-reduce":
@@ -86,8 +92,6 @@ def collective(kind, x, dim, group):
     elif kind == "all-gather":                  # (B, t, C) -> (B, T, C) for dim 1
         result = x.new_empty(n * x.shape[0], *x.shape[1:])
         work = all_gather(result, x.contiguous(), group=group, async_op=True)
-    elif x.shape[dim] % n:
-        raise ValueError(f"{x.shape[dim]} tokens over {n} ranks: pick a multiple of {n}")
     else:                                       # (B, T, C) -> (B, t, C) for dim 1. By all-to-all:
         parts = torch.stack(x.chunk(n, dim))    # gloo's own reduce-scatter sends twice as much
         result = torch.empty_like(parts)
@@ -105,6 +109,10 @@ def collective(kind, x, dim, group):
 class Conjugate(torch.autograd.Function):
     """A linear map forward, its transpose backward, for one loss that all ranks compute."""
 
+    @classmethod
+    def of(cls, x, there, back, dim, group):    # alone it is nothing, not even a node of the graph
+        return x if tp_size(group) == 1 else cls.apply(x, there, back, dim, group)
+
     @staticmethod
     def forward(ctx, x, there, back, dim, group):
         ctx.arguments = back, there, dim, group
@@ -112,42 +120,42 @@ class Conjugate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return Conjugate.apply(dy, *ctx.arguments), None, None, None, None
+        return Conjugate.of(dy, *ctx.arguments), None, None, None, None
 
 
 def copy_to_tp(x, group):
     """f. All ranks read the same x, each for its y_i: dL/dx = sum_i dL/dy_i dy_i/dx, and a rank
     computes one term: backward sums."""
-    return Conjugate.apply(x, "copy", "all-reduce", 0, group)
+    return Conjugate.of(x, "copy", "all-reduce", 0, group)
 
 
 def reduce_from_tp(x, group):
     """g. z = sum_i x_i, so dL/dx_i = dL/dz, and all ranks have that: they hold one loss, not n
     different ones. Backward: nothing; an all-reduce would make it n times too large."""
-    return Conjugate.apply(x, "all-reduce", "copy", 0, group)
+    return Conjugate.of(x, "all-reduce", "copy", 0, group)
 
 
 def gather_from_sp(x, group):
     """f for split tokens, (B, t, C) -> (B, T, C). A rank computes a term of the gradient of all T
     tokens, and needs the sum of the terms for its own t: backward is a reduce-scatter."""
-    return Conjugate.apply(x, "all-gather", "reduce-scatter", 1, group)
+    return Conjugate.of(x, "all-gather", "reduce-scatter", 1, group)
 
 
 def reduce_to_sp(x, group):
     """g for split tokens, (B, T, C) -> (B, t, C). x_i is a term of all of z; a rank has dL/dz of
     its own t tokens: backward is an all-gather."""
-    return Conjugate.apply(x, "reduce-scatter", "all-gather", 1, group)
+    return Conjugate.of(x, "reduce-scatter", "all-gather", 1, group)
 
 
 def gather_from_tp(x, group):
     """(..., c) -> (..., C), such as logits: then all ranks compute the same, and the gradient of a
     rank's part is its part of the gradient."""
-    return Conjugate.apply(x, "all-gather", "split", -1, group)
+    return Conjugate.of(x, "all-gather", "split", -1, group)
 
 
 def scatter_to_tp(x, group):
     """(..., C) -> (..., c), the reverse: each rank goes on with its part, so backward gathers."""
-    return Conjugate.apply(x, "split", "all-gather", -1, group)
+    return Conjugate.of(x, "split", "all-gather", -1, group)
 
 
 class ColumnProducts(torch.autograd.Function):
@@ -165,7 +173,8 @@ class ColumnProducts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
         x, *weights = ctx.saved_tensors
-        dx = sum(dy @ w.to(dy.dtype) for dy, w in zip(dys, weights))    # to: under autocast
+        terms = [dy @ w.to(dy.dtype) for dy, w in zip(dys, weights)]    # to: under autocast
+        dx = sum(terms[1:], terms[0])
         kind = "reduce-scatter" if ctx.split_tokens else "all-reduce"
         sum_dx = collective(kind, dx, 1, ctx.group)
         rows = x.flatten(0, -2).to(dx.dtype)
@@ -174,15 +183,22 @@ class ColumnProducts(torch.autograd.Function):
         return sum_dx(), None, None, *dws
 
 
+def check_dtype(x):
+    if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"x is {x.dtype}: give a float64, float32, bfloat16 or float16 tensor")
+
+
 def column_parallel(x, *layers):
-    """Column layers that read the same x (q k v, gate up) -> their outputs, with one f for all."""
+    """Column layers of one group that read the same x (q k v, gate up) -> this rank's outputs, with
+    one f for all. It reads their weights: forward hooks on them are not called."""
+    check_dtype(x)
     group, split_tokens = layers[0].group, layers[0].sequence_parallel
     if tp_size(group) == 1:
         return [F.linear(x, m.weight, m.bias) for m in layers]
-    if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}: give a floating-point tensor")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))   # before it travels, and is kept
     outputs = ColumnProducts.apply(x, group, split_tokens, *(m.weight for m in layers))
-    return [y if m.bias is None else y + m.bias for m, y in zip(layers, outputs)]
+    return [y if m.bias is None else y + m.bias.to(y.dtype) for m, y in zip(layers, outputs)]
 
 
 class ColumnParallelLinear(nn.Linear):
@@ -215,14 +231,15 @@ class RowParallelLinear(nn.Linear):
         self.weight = shard(self.weight, 1, group)
 
     def forward(self, x):
+        check_dtype(x)
         leave = reduce_to_sp if self.sequence_parallel else reduce_from_tp
         z = leave(F.linear(x, self.weight), self.group)
-        return z if self.bias is None else z + self.bias
+        return z if self.bias is None else z + self.bias.to(z.dtype)
 
 
 class VocabParallelEmbedding(nn.Embedding):
     """ids (B, T), the same on all ranks -> (B, T, C): the sum of what the ranks find among their
-    V / n rows. sequence_parallel: -> (B, t, C). ValueError: an id outside the vocabulary."""
+    V / n rows. sequence_parallel: -> (B, t, C). ValueError, if split: an id outside of V."""
 
     def __init__(self, num_embeddings, embedding_dim, *, group=None, sequence_parallel=False):
         super().__init__(num_embeddings, embedding_dim)
@@ -247,7 +264,7 @@ def own_rows(ids, low, high, v, group):         # -> row among this rank's v, is
 def vocab_parallel_cross_entropy(logits, targets, group=None, ignore_index=-100):
     """logits (..., v), this rank's columns of V; targets (...) -> mean nats, the same on all ranks.
     -log p = log sum_j exp(z_j - m) - (z_target - m), m = max_j z_j: three numbers travel per
-    target, never logits. ValueError, on all ranks, if one of them has a label outside V."""
+    target, never logits. ValueError, if split, on all ranks: one has a label outside of V."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))     # bf16: sums lose
     if tp_size(group) == 1:
         return F.cross_entropy(z.flatten(0, -2), targets.flatten(), ignore_index=ignore_index)
@@ -268,9 +285,11 @@ def shard(full, dim, group, heads=None):
     n, units = tp_size(group), heads or full.shape[dim]
     if n < 1:
         raise ValueError("this rank is not in the group: give the group that it is in")
-    if units % n or full.shape[dim] % units:
-        raise ValueError(f"{units} {'heads' if heads else 'features'} over {n} ranks: pick a "
-                         f"multiple of {n}, or a divisor of them as the number of ranks")
+    if units % n:
+        raise ValueError(f"{units} {'heads' if heads else 'rows or columns'} over {n} ranks: pick "
+                         f"a multiple of {n}, or fewer ranks")
+    if full.shape[dim] % units:
+        raise ValueError(f"{full.shape[dim]} features are not {units} heads: pick a multiple")
     part = collective("split", full.detach(), dim, group)()
     p = nn.Parameter(part.clone(), full.requires_grad)
     if n > 1:
@@ -306,7 +325,8 @@ def grad_norm(parameters, group):
         return nn.utils.get_total_norm([p.grad for p in params])
     whole = nn.utils.get_total_norm([p.grad for p in params if not hasattr(p, "shard")])
     parts = nn.utils.get_total_norm([p.grad for p in params if hasattr(p, "shard")])
-    return (whole.square() + collective("all-reduce", parts.square(), 0, group)()).sqrt()
+    squares = [t.to(params[0].grad.device).square() for t in (whole, parts)]
+    return (squares[0] + collective("all-reduce", squares[1], 0, group)()).sqrt()
 
 
 def check(ok, claim, measured):
@@ -442,7 +462,7 @@ def demo():
     losses, gaps = train(group)
     dense, _ = train(None)
     error = max(abs(a - b) for a, b in zip(losses, dense))
-    check(error <= 1e-10 and max(gaps) == 0, "40 SGD steps = one process, ranks bit-equal",
+    check(error <= 1e-10 and max(gaps) == 0, "40 SGD steps = one process, norms bit-equal",
           f"{error:.1e} (<= 1e-10)")
     wrong, gaps = train(group, f=False)
     error = max(abs(a / b - 1) for a, b in zip(wrong, losses))

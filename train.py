@@ -69,7 +69,7 @@ class Trainer:
         self.args, self.out = args, pathlib.Path(args.out)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if self.world % args.tp:
-            raise ValueError(f"--tp {args.tp} does not divide {self.world} processes")
+            raise ValueError(f"--tp {args.tp} does not divide {self.world} processes: see --nproc")
         self.dp, self.dp_rank = self.world // args.tp, self.rank // args.tp
         parts = self.dp * args.microbatches
         if args.batch_size % parts:
@@ -100,7 +100,8 @@ class Trainer:
             self.zero = Zero(self.model, args.zero, torch.optim.AdamW, lr=peak, **ADAMW)
             self.zero.load_full_state_dict(state)
             self.optimizers = [(self.zero.optimizer, peak)]
-        self.parallel = self.zero or DDP(self.model, dp_group)      # waits for all ranks
+        self.parallel = self.zero or DDP(self.model, dp_group)
+        dist.barrier()                              # from here on no rank has bad input
         if self.log.exists() and not args.resume and self.rank == 0:    # nothing is overwritten
             numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
             aside = next(path for path in numbered if not path.exists())
@@ -307,8 +308,8 @@ def parse(argv):
     if args.optimizer == "muon" and (args.zero or args.tp > 1):
         raise ValueError("--zero and --tp cut the matrices that Muon needs whole: drop them, or "
                          "train with --optimizer adamw")
-    if args.zero and args.tp > 1:
-        raise ValueError("--zero with --tp is not supported: drop one of them")
+    if args.tp > 1 and args.zero or args.sequence_parallel and args.tp == 1:
+        raise ValueError("--tp goes without --zero, and --sequence-parallel with --tp only")
     return args
 
 

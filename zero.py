@@ -56,6 +56,7 @@ def _rank(rank, fn, n, path, args):
             torch.set_num_threads(1)            # n processes share the cores
             dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)
         fn(*args)
+        dist.barrier()                          # leave together: gloo may abort who is still busy
         dist.destroy_process_group()
     except Exception:
         sys.stdout.flush()                      # what was printed, the traceback, and end at once:
