@@ -1,8 +1,8 @@
 r"""Pipeline parallelism: each rank holds a few layers; microbatches flow through the ranks.
 
-    rank 0  F0F1F2      B0--F3B1--  B2--  B3--      F forward, B-- backward (twice as long),
-    rank 1    F0F1  B0--F2B1--F3B2--  B3--          the number is the microbatch. Empty: the bubble
-    rank 2      F0B0--F1B1--F2B2--F3B3--            1F1B, 3 ranks, 4 microbatches
+    rank 0  F0F1F2        B0--F3B1--  B2--  B3--    F: forward, B--: backward, twice as long;
+    rank 1    F0F1    B0--F2B1--F3B2--  B3--        the number is the microbatch's. Between them:
+    rank 2      F0B0--F1B1--F2B2--F3B3--            the bubble. (1F1B, 3 ranks, 4 microbatches)
 
 A schedule is data: for each rank the list of its Ops, in order. One simulator gives its times, one
 interpreter (Pipeline) runs it on real processes, and the same chart shows both. A backward can be
@@ -15,10 +15,10 @@ Cost     p ranks, m microbatches, v chunks on a rank; f, b, w: time of F, B, W o
          naive         m (p-1) (f+b+w)        (p-1) / p                1
          gpipe         (p-1) (f+b+w)          (p-1) / (m+p-1)          m
          1f1b          (p-1) (f+b+w)          (p-1) / (m+p-1)          p-i
-         interleaved   (p-1) (f+b+w) / v      (p-1) / (m v+p-1)        p + (p-1-2i) / v  (p < m)
+         interleaved   (p-1) (f+b+w) / v      (p-1) / (m v+p-1)        p + (p-1-2i) / v
          zb-h1         (p-1) (f+b-w)          (p-1) / (3m+p-1)         p
 
-         if m >= p (m >= i+1 for what is alive, zb-h1: w <= b). A boundary between ranks carries
+         for zb-h1 if m >= p, w <= f, w <= b; at most m (m v chunks) are alive. A boundary carries
          B T C elements per microbatch forward and as many backward, interleaved v times as much.
 Paper    Huang et al. 2019, GPipe (arXiv 1811.06965); Narayanan et al. 2021, section 2.2 (1F1B,
          interleaved; arXiv 2104.04473); Qi et al. 2023, Zero Bubble, section 2 (arXiv 2401.10241)
@@ -131,7 +131,7 @@ def needs(kind, microbatch, stage, last):
 @dataclasses.dataclass
 class Timeline:
     """spans: for each rank its [(op, start, end)], simulated or measured -> what they amount to.
-    messages, of a simulated one: [(time sent, source rank, target rank, whose result)], sorted."""
+    messages, if simulated: [(start of its op, source rank, target rank, whose result)], sorted."""
     spans: list
     messages: list = ()
 
@@ -169,7 +169,7 @@ def simulate(schedule, f=1, b=1, w=1):
     p, chunks = len(schedule), 1 + max(op.chunk for ops in schedule for op in ops)
     cost = {kind: x if isinstance(x, list) else [x] * (p * chunks)
             for kind, x in (("F", f), ("B", b), ("W", w))}
-    ends, spans, messages, moved = {}, [[] for _ in range(p)], [], True
+    times, spans, messages, moved = {}, [[] for _ in range(p)], [], True
     while moved:
         moved = False
         for rank, ops in enumerate(schedule):
@@ -177,14 +177,15 @@ def simulate(schedule, f=1, b=1, w=1):
             for op in ops[len(spans[rank]):]:
                 stage = op.chunk * p + rank
                 need = needs(op.kind, op.microbatch, stage, p * chunks - 1)
-                if need is not None and need not in ends:
+                if need is not None and need not in times:
                     break
-                start = max(ends.get(need, 0), spans[rank][-1][2] if spans[rank] else 0)
+                began, ended = times.get(need, (0, 0))
+                start = max(ended, spans[rank][-1][2] if spans[rank] else 0)
                 whole = op.kind == "B" and op[1:] not in split
                 end = start + cost[op.kind][stage] + (cost["W"][stage] if whole else 0)
                 if need is not None and need[2] % p != rank:
-                    messages.append((ends[need], need[2] % p, rank, need))
-                ends[op.kind, op.microbatch, stage] = end
+                    messages.append((began, need[2] % p, rank, need))
+                times[op.kind, op.microbatch, stage] = start, end
                 spans[rank].append((op, start, end))
                 moved = True
     stuck = [f"rank {rank} before {label(ops[len(spans[rank])])}"
@@ -232,9 +233,10 @@ def chart(timeline):
 
 def actions_of(schedule, rank):
     """What one rank does, in order: its Ops and its messages, (source, target, whose result): the
-    start of a send or of a receive. All ranks start messages in the order of simulated times, in
-    which none depends on a later one: no two ranks can wait for each other, however little the
-    transport buffers. A receive starts one message ahead of its use, if that order allows."""
+    start of a send or of a receive. All ranks start messages in one order, that in which the ops
+    they come from start in simulated time. None depends on a later one, so ranks cannot wait for
+    each other, however little the transport buffers. A receive starts one message ahead of its use,
+    if that order allows."""
     ops, actions, done, started = schedule[rank], [], set(), 0
     last = len(schedule) * (1 + max(op.chunk for op in ops)) - 1
     messages = [message[1:] for message in simulate(schedule).messages if rank in message[1:3]]
@@ -267,13 +269,13 @@ class DeferredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, defer):
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.defer = bias, defer
+        ctx.leaves, ctx.defer = (weight, bias), defer       # a recomputed `weight` is only an alias
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        ctx.defer.pending.append((weight, ctx.bias, x, dy))
+        ctx.defer.pending.append((*ctx.leaves, x, dy))
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None     # to: autocast
         return dx, None, None, None
 
@@ -387,12 +389,14 @@ class Pipeline:
     @torch.no_grad()
     def grad_norm(self, mine=None):
         """2-norm of the gradient of the whole model; a tied weight counts once. mine: the norm on
-        this rank, if its .grad are not all of it (tensor parallelism, ZeRO)."""
+        this rank, where its .grad are not all of it (tensor parallelism, ZeRO without tied)."""
         if mine is None:
             mine = nn.utils.get_total_norm([p.grad for p in self.parameters()
                                             if p.grad is not None])
         square = mine.double() ** 2
         for p, holders in self.tied:
+            if p.grad is None:
+                raise ValueError(f"{p.tied} is tied, but has no .grad to count once: drop the tie")
             if self.rank != holders[0]:
                 square -= p.grad.double().square().sum()
         dist.all_reduce(square, group=self.group)
@@ -409,8 +413,8 @@ class Pipeline:
             return self.shapes[kind]
         for rank, (rows, others) in enumerate(self._gather((len(inputs), len(targets)))):
             if rows == 0 or rows % self.m or rows != others or rows != len(inputs):
-                raise ValueError(f"rank {rank} has {rows} rows of inputs, {others} of targets: give "
-                                 f"all ranks the same, a multiple of {self.m} microbatches")
+                raise ValueError(f"rank {rank} has {rows} rows of inputs, {others} of targets: "
+                                 f"give all ranks the same, a multiple of {self.m} microbatches")
         x, y, found = inputs[:len(inputs) // self.m], targets[:len(inputs) // self.m], []
         for stage in range(self.last + 1):
             reply = [self._try(stage, x, y) if stage % self.p == self.rank else None]
@@ -701,7 +705,7 @@ def draw(rows, path):
     if any(op.chunk for _, _, timeline in panels for op, _, _ in timeline.spans[0]):
         grid.flat[0].barh(0, 0, color="lightgray", label="paler: every second chunk")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=75)
 
 
 def bench(rounds):

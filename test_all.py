@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -49,6 +50,7 @@ import flash_attn
 import metrics
 import model as model_module
 import muon
+import pp
 import resume
 import rope
 import tp
@@ -2828,6 +2830,554 @@ def test_tp_works_under_autocast_and_the_check_notices(ranks):
     ranks.run(_tp_autocast, 2)
     with pytest.raises(AssertionError, match="under autocast"):
         ranks.run(_tp_autocast, 2, TP_BROKEN[2])
+
+
+# ------------------------------------------------------------------ pp.py
+
+def pp_version(change):
+    m = mutant("pp", *change) if change else pp
+    sys.modules[m.__name__] = m                 # its Ops are sent to other ranks, pickled
+    return m
+
+
+PP_CASES = [(name, p, m, v) for name in pp.NAMES for p in (1, 2, 3, 4, 8) for m in (1, 2, 3, 8, 24)
+            for v in ((2, 3) if name == "interleaved" else (1,))
+            if name != "interleaved" or m % p == 0]
+
+
+def pp_formula(name, p, m, v, f, b, w):
+    """Idle time of a rank; the most (microbatch, chunk)s alive on each. None: no formula."""
+    idle = {"naive": m * (p - 1) * (f + b + w), "interleaved": (p - 1) * (f + b + w) / v,
+            "zb-h1": (p - 1) * (f + b - w) if m >= p and w <= min(f, b) else None}
+    alive = {"naive": [1] * p, "gpipe": [m] * p, "1f1b": [min(m, p - i) for i in range(p)],
+             "interleaved": [min(m * v, p * v + p - 1 - 2 * i) for i in range(p)],
+             "zb-h1": [min(m, p)] * p}
+    return idle.get(name, (p - 1) * (f + b + w)), alive[name]
+
+
+def check_pp_formulas(m):
+    for name, p, microbatches, v in PP_CASES:
+        ops = m.schedule(name, p, microbatches, v)
+        m.validate(ops)
+        for f, b, w in ((1, 1, 1), (2, 3, 1), (3, 4, 4), (5, 2, 1)):
+            timeline = m.simulate(ops, f / v, b / v, w / v)
+            idle, alive = pp_formula(name, p, microbatches, v, f, b, w)
+            if idle is None:
+                continue
+            work, case = microbatches * (f + b + w), (name, p, microbatches, v, f, b, w)
+            assert abs(timeline.makespan - work - idle) < 1e-9, case
+            assert abs(timeline.bubble - idle / (idle + work)) < 1e-12, case
+            assert timeline.peak_live == alive, (case, timeline.peak_live)
+    # The document of the usual answers, simulated elsewhere: f = 1, backward 2.
+    for p, microbatches, gpipe, interleaved, alive in (
+            (4, 8, 33, 28.5, [11, 9, 7, 5]), (4, 16, 57, 52.5, [11, 9, 7, 5]),
+            (8, 32, 117, 106.5, [23, 21, 19, 17, 15, 13, 11, 9])):
+        assert m.simulate(m.schedule("gpipe", p, microbatches)).makespan == gpipe
+        assert m.simulate(m.schedule("1f1b", p, microbatches)).makespan == gpipe
+        timeline = m.simulate(m.schedule("interleaved", p, microbatches, 2), 0.5, 0.5, 0.5)
+        assert timeline.makespan == interleaved and timeline.peak_live == alive
+
+
+def test_pp_simulated_idle_time_and_live_microbatches_are_the_formulas():
+    check_pp_formulas(pp)
+    for p in range(1, 9):                       # the table's idle shares, f = b = w
+        for m in (8, 24):
+            for name, work in (("1f1b", m), ("zb-h1", 3 * m)):
+                share = (p - 1) / (work + p - 1)
+                assert abs(pp.simulate(pp.schedule(name, p, m)).bubble - share) < 1e-12
+    for f, b, w in itertools.product((1, 2, 3), repeat=3):              # when zb-h1's formula holds
+        simulated = pp.simulate(pp.schedule("zb-h1", 4, 8), f, b, w).makespan
+        assert (simulated == 8 * (f + b + w) + 3 * (f + b - w)) == (w <= f and w <= b), (f, b, w)
+    uneven = pp.simulate(pp.schedule("gpipe", 2, 3), f=[1, 5], b=[2, 4], w=[0, 0])
+    assert uneven.makespan == 1 + 3 * 5 + 3 * 4 + 2         # the slow stage sets the pace
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("p - 1 - rank if v == 1 else 2 * (p - 1 - rank) + (v - 1) * p", "m * v"),          # GPipe
+    ("2 * (p - 1 - rank) + (v - 1) * p", "(p - 1 - rank) + (v - 1) * p"),
+    ('ops.append(Op("W", i - rank))', 'ops += [Op("W", i - rank)] * (i > rank)'),
+    ("start + cost[op.kind][stage] + (cost[\"W\"][stage] if whole else 0)",
+     "start + cost[op.kind][stage]")])
+def test_the_pp_formula_check_notices(line, broken):
+    with pytest.raises((AssertionError, ValueError)):
+        check_pp_formulas(mutant("pp", line, broken))
+
+
+def test_pp_1f1b_is_warm_up_then_one_of_each_and_gpipe_is_all_forwards_first():
+    for rank, ops in enumerate(pp.schedule("1f1b", 4, 8)):
+        kinds = "".join(op.kind for op in ops)
+        assert kinds == "F" * (3 - rank) + "FB" * (5 + rank) + "B" * (3 - rank)
+        assert [op.microbatch for op in ops if op.kind == "B"] == list(range(8))
+    assert all("".join(op.kind for op in ops) == "F" * 8 + "B" * 8
+               for ops in pp.schedule("gpipe", 4, 8))
+    chart = pp.chart(pp.simulate(pp.schedule("1f1b", 3, 4))).split("\n")
+    docstring = [line.strip()[:len(row)] for line, row in zip(pp.__doc__.split("\n")[2:5], chart)]
+    assert docstring == chart, "the docstring's diagram is not what chart() prints"
+
+
+def pp_ops(text):
+    """"F0 B0 | F0 B0" -> the Ops of rank 0, of rank 1."""
+    return [[pp.Op(word[0], int(word[1:])) for word in rank.split()] for rank in text.split("|")]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("F0 B0 | B0 F0", "rank 1 does BF for microbatch 0"),
+    ("F0 B0 | F0", "rank 1 does F for microbatch 0"),
+    ("F0 B0 F1 B1 | F0 B0", "rank 1 does nothing for microbatch 1"),
+    ("F0 F0 B0 | F0 B0", "rank 0 does FFB"),
+    ("F0 W0 B0 | F0 B0", "rank 0 does FWB"),
+    ("F0 B0 W0 W0 | F0 B0", "rank 0 does FBWW"),
+    ("F1 B1 | F1 B1", "number both from 0"),
+    ("F0 B0 F1 B1 | F1 B1 F0 B0", "deadlock: rank 0 before B0, rank 1 before F1"),
+    ("F0 F1 B1 B0 | F0 F1 B0 B1", None), ("F0 B0 W0 | F0 B0", None)])
+def test_pp_validate_refuses_what_would_be_wrong_or_wait_for_ever(text, message):
+    if message is None:                         # a W on one rank only, any order of microbatches
+        return pp.validate(pp_ops(text))
+    with pytest.raises(ValueError, match=message):
+        pp.validate(pp_ops(text))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("dualpipe", 2, 4), "pick one of naive, gpipe, 1f1b, interleaved, zb-h1"),
+    (("1f1b", 0, 4), "must be at least 1"), (("1f1b", 2, 0), "must be at least 1"),
+    (("1f1b", 2, 4, 2), "interleaved needs at least 2, the others have 1"),
+    (("interleaved", 2, 4, 1), "interleaved needs at least 2"),
+    (("interleaved", 3, 4, 2), "pick a multiple of 3")])
+def test_pp_schedule_refuses_what_it_has_no_rule_for(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pp.schedule(*arguments)
+
+
+def check_pp_messages(m):
+    """Even if a send blocks until its receiver asks, and a receive until its sender offers."""
+    for name, p, microbatches, v in PP_CASES:
+        ops = m.schedule(name, p, microbatches, v)
+        forwards = [[op for op in row if op.kind == "F"] for row in ops]
+        for row in (ops, forwards):
+            queues = [list(m.actions_of(row, rank)) for rank in range(p)]
+            sent = sum(source == rank for rank in range(p) for source, _, _ in
+                       (a for a in queues[rank] if not isinstance(a, m.Op)))
+            crossings = (p * v - 1) * microbatches if p > 1 else 0
+            assert sent == crossings * (1 if row is forwards else 2)
+            moved = True
+            while moved:
+                moved = False
+                for rank, queue in enumerate(queues):
+                    while queue and isinstance(queue[0], m.Op):
+                        queue.pop(0)
+                        moved = True
+                    if queue:
+                        source, target, _ = queue[0]
+                        other = queues[source + target - rank]
+                        if other and other[0] == queue[0]:
+                            queue.pop(0), other.pop(0)
+                            moved = True
+            assert not any(queues), f"{name}, p={p}, m={microbatches}: stuck at {queues}"
+
+
+def test_pp_messages_match_and_cannot_deadlock_even_without_buffers():
+    check_pp_messages(pp)
+
+
+def test_the_pp_message_check_notices_another_order_of_messages():
+    by_rank = "sorted(messages, key=lambda message: message[1:])"
+    assert_caught(check_pp_messages, mutant("pp", "sorted(messages)", by_rank))
+
+
+def check_pp_receives_start_early(m):
+    for name, rank, most in (("gpipe", 0, 7), ("gpipe", 3, 7), ("1f1b", 0, 7), ("zb-h1", 1, 13)):
+        actions, early = m.actions_of(m.schedule(name, 4, 8), rank), 0
+        for i, action in enumerate(actions):
+            if not isinstance(action, m.Op) and action[1] == rank:
+                kind, microbatch, _ = action[2]
+                use = actions.index(m.Op(kind, microbatch))
+                early += any(isinstance(between, m.Op) for between in actions[i:use])
+        assert early >= most, f"{name}, rank {rank}: {early} receives start an op or more early"
+
+
+def test_pp_receives_start_before_the_op_that_precedes_their_use():
+    check_pp_receives_start_early(pp)
+
+
+def test_the_pp_receive_check_notices_receives_at_the_last_moment():
+    assert_caught(check_pp_receives_start_early, mutant("pp", "if key in incoming][:2]",
+                                                        "if key in incoming][:1]"))
+
+
+class PpBlock(nn.Module):
+    """Residual MLP with a norm, biases, a frozen weight, one unused; recomputed if asked."""
+
+    def __init__(self, C, recompute, dropout):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(C), nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
+        self.frozen, self.unused = nn.Linear(C, C), nn.Parameter(torch.zeros(2))
+        self.frozen.weight.requires_grad_(False)
+        self.recompute, self.dropout = recompute, nn.Dropout(dropout)
+
+    def inside(self, x):
+        return x + self.dropout(self.down(torch.tanh(self.up(self.frozen(self.norm(x))))))
+
+    def forward(self, x):
+        return (torch_checkpoint(self.inside, x, use_reentrant=False) if self.recompute
+                else self.inside(x))
+
+
+def pp_model(recompute=False, dropout=0.0, tied=True, C=6, V=7):
+    """9 layers: embedding, 6 blocks, norm, head tied to the embedding; on all ranks the same."""
+    torch.manual_seed(0)
+    layers = [nn.Embedding(V, C), *(PpBlock(C, recompute, dropout) for _ in range(6)),
+              nn.LayerNorm(C), nn.Linear(C, V, bias=False)]
+    if tied:
+        layers[-1].weight = layers[0].weight
+    return nn.Sequential(*layers).double()
+
+
+def pp_stages(layers, v, group=None):
+    p, rank = dist.get_world_size(group), dist.get_rank(group)
+    cut = [len(layers) * s // (p * v) for s in range(p * v + 1)]        # uneven on purpose
+    if layers[0].weight is layers[-1].weight:
+        layers[0].weight.tied = "embedding"     # here, as double() would forget it
+    return [layers[cut[s]:cut[s + 1]] for s in range(rank, p * v, p)]
+
+
+def pp_loss(logits, targets):
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def pp_rows(rows=12, T=5, V=7):
+    tokens = torch.randint(V, (rows, T + 1), generator=seeded(1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def pp_own(pipeline, layers, whole):
+    """(name, this rank's gradient, the unsplit model's) of the parameters this rank holds."""
+    mine = {id(p) for p in pipeline.parameters()}
+    for (name, p), q in zip(layers.named_parameters(), whole.parameters()):
+        if id(p) in mine:
+            assert (p.grad is None) == (q.grad is None), f"{name}: {p.grad} and {q.grad}"
+            if p.grad is not None:
+                yield name, p.grad, q.grad
+
+
+def _pp_equals_the_unsplit_model(change=None, names=pp.NAMES):
+    m, p, (x, y) = pp_version(change), dist.get_world_size(), pp_rows()
+    for recompute, name in itertools.product((False, True), names):
+        whole = pp_model()
+        loss = pp_loss(whole(x), y)
+        loss.backward()
+        norm = nn.utils.get_total_norm([q.grad for q in whole.parameters() if q.grad is not None])
+        v = 2 if name == "interleaved" else 1
+        for count in ((p, 2 * p, 12) if name == "interleaved" else (1, 3, 4, 12)):
+            if 12 % count:
+                continue
+            layers = pp_model(recompute)
+            pipeline = m.Pipeline(pp_stages(layers, v), m.schedule(name, p, count, v), pp_loss)
+            got, what = pipeline.step(x, y), f"{name}, {count} microbatches, rank {dist.get_rank()}"
+            close(got, loss, 1e-12, f"loss of {what}")
+            for key, grad, want in pp_own(pipeline, layers, whole):
+                close(grad, want, 1e-12, f"{key} of {what}")
+            close(pipeline.grad_norm(), norm, 1e-12, f"norm of {what}")
+            close(pipeline.evaluate(x, y), loss, 1e-12, f"evaluation of {what}")
+            pipeline.step(x, y)                 # without zero_grad(): gradients add up
+            for key, grad, want in pp_own(pipeline, layers, whole):
+                close(grad, 2 * want, 1e-12, f"accumulated {key} of {what}")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_pp_every_schedule_has_the_gradients_of_the_unsplit_model(ranks, n):
+    ranks.run(_pp_equals_the_unsplit_model, n)
+
+
+PP_MUTANTS = {
+    "a missing loss scale": ("self.loss_fn(out, y) / self.m", "self.loss_fn(out, y)"),
+    "the targets of another microbatch": (
+        "self.loss_fn(out, y) / self.m", "self.loss_fn(out, self.rows[-1 - op.microbatch][1]) "
+        "/ self.m"),
+    "backwards in the wrong order of microbatches": (
+        "for microbatch, chunk in order]\n    ahead", "for microbatch, chunk in order]\n    "
+        "self_order = [op.microbatch for op in backwards][::-1]\n    backwards = "
+        "[op._replace(microbatch=i) for op, i in zip(backwards, self_order)]\n    ahead"),
+    "a stale activation": ("x, edge = self.live.pop(key)",
+                           "x, edge = self.live.pop(max(self.live))"),
+    "weight gradients of another microbatch": ("self.pending.pop(key)",
+                                               "self.pending.popitem()[1]"),
+    "tied weights not summed": ("p.grad = sum(parts.get(rank, mine) for rank in holders)",
+                                "p.grad = mine"),
+    "tied weights summed twice": ("before = [(p, p.grad) for p, _ in self.tied]", "before = []"),
+    "a tied weight counted twice in the norm": ("if self.rank != holders[0]:", "if False:"),
+    "a deferred bias forgotten": ("if bias is not None:", "if False:")}
+
+
+@pytest.mark.parametrize("name", PP_MUTANTS)
+def test_the_pp_gradient_check_notices(ranks, name):
+    names = ("1f1b",) if "order" in name or "stale" in name else ("1f1b", "zb-h1")
+    with pytest.raises(AssertionError, match="max error"):
+        ranks.run(_pp_equals_the_unsplit_model, 3, PP_MUTANTS[name], names)
+
+
+def _pp_dropout():
+    """Recomputed layers draw the masks that they drew before; each schedule, the same ones."""
+    p, (x, y), grads = dist.get_world_size(), pp_rows(), {}
+    for name, recompute in itertools.product(("gpipe", "1f1b", "zb-h1"), (False, True)):
+        layers = pp_model(recompute, dropout=0.5)
+        pipeline = pp.Pipeline(pp_stages(layers, 1), pp.schedule(name, p, 4), pp_loss)
+        pipeline._shapes(x, y)
+        torch.manual_seed(dist.get_rank())
+        pipeline.step(x, y)
+        grads[name, recompute] = [w.grad for w in pipeline.parameters() if w.grad is not None]
+    plain = pp_model()
+    pipeline = pp.Pipeline(pp_stages(plain, 1), pp.schedule("gpipe", p, 4), pp_loss)
+    pipeline.step(x, y)
+    without = [w.grad for w in pipeline.parameters() if w.grad is not None]
+    for other in grads.values():
+        for a, b in zip(other, grads["gpipe", False]):
+            close(a, b, 1e-12, "dropout")
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(without, grads["gpipe", False]))
+
+
+def test_pp_dropout_masks_are_the_same_with_recomputation_and_in_every_schedule(ranks):
+    ranks.run(_pp_dropout, 2)
+
+
+def _pp_memory(change=None):
+    """What is alive: as simulated; outputs go when sent, graphs in backward; W really comes in W.
+    """
+    m, p, rank, (x, y) = pp_version(change), dist.get_world_size(), dist.get_rank(), pp_rows()
+    flops = {}
+    for name in pp.NAMES:
+        v = 2 if name == "interleaved" else 1
+        ops, layers, outputs, seen = m.schedule(name, p, 12, v), pp_model(), [], []
+
+        class Watched(m.Pipeline):
+            def _compute(self, op, stage, arrived, backward):
+                weights = [block.up.weight for block in layers[1:7]]
+                before = any(weight.grad is not None for weight in weights)
+                result = super()._compute(op, stage, arrived, backward)
+                after = any(weight.grad is not None for weight in weights)
+                seen.append((op.kind, before, after))
+                alive = sum(ref() is not None for ref in outputs)
+                # One may be the result, one the module's last: everything older must be gone.
+                assert alive <= len(self.live) + 2 and (
+                    p == 1 or rank == p - 1 or alive <= 6), f"{name}: {alive} outputs are kept"
+                return result
+
+        def remember(module, args, output):
+            outputs.append(weakref.ref(output))
+
+        stages = pp_stages(layers, v)
+        for stage in stages:
+            stage.register_forward_hook(remember)
+        pipeline = Watched(stages, ops, pp_loss)
+        pipeline._shapes(x, y)
+        outputs.clear(), seen.clear()
+        with FlopCounterMode(display=False) as counter:
+            pipeline.step(x, y)
+        flops[name] = counter.get_total_flops()
+        assert [op for op, _, _ in pipeline.log] == ops[rank]
+        assert pipeline.peak_live == m.simulate(ops).peak_live[rank], (name, pipeline.peak_live)
+        assert not pipeline.live and not pipeline.pending
+        if any(w is layer.up.weight for layer in layers[1:7] for w in pipeline.parameters()):
+            first = [kind for kind, before, after in seen if after and not before]
+            assert first == ["W" if name == "zb-h1" else "B"], f"{name}: gradients come in {first}"
+    assert flops["zb-h1"] == flops["1f1b"] == flops["gpipe"] > 0, flops
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_pp_frees_what_is_used_and_defers_weight_gradients_without_extra_flops(ranks, n):
+    ranks.run(_pp_memory, n)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("self.live[key] = x, edge", "self.live[key] = x, edge\n                self.rows.append(out)"),
+    ("dx = dy @ weight.to(dy.dtype)", "dx = dy @ weight.to(dy.dtype) + 0 * (dy @ weight)"),
+    ("leaves, grads = [], []", "leaves, grads = [], []\n        pending += pending[:1] * 0"
+     "\n        [dy.flatten(0, -2).mT @ x.flatten(0, -2) for _, _, x, dy in pending]"),
+    ("if key in self.split:\n            self.defer.pending = self.pending[key] = []",
+     "if key in self.split:\n            self.defer.pending, self.pending[key] = [], []")])
+def test_the_pp_memory_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="are kept|gradients come in|zb-h1"):
+        ranks.run(_pp_memory, 3, (line, broken))
+
+
+def _pp_run_agrees_with_the_simulation():
+    """Ops sleep, as 4 ranks on 2 cores cannot compute at once -> idle shares: run, simulated."""
+    p, (x, y), shares = dist.get_world_size(), pp_rows(), {}
+    for name in ("gpipe", "1f1b", "interleaved", "zb-h1"):
+        v = 2 if name == "interleaved" else 1
+        ops = pp.schedule(name, p, 8, v)
+        x, y = pp_rows(8)
+        pipeline = pp.Slow(pp_stages(pp_model(), v), ops, pp_loss)
+        pipeline.evaluate(x, y)
+        logs = []
+        for _ in range(3):
+            pipeline.step(x, y)
+            logs.append(pp.measured(pipeline))
+        log = min(logs, key=lambda log: log.makespan)
+        shares[name] = log.bubble, pp.calibrated(log, ops).bubble, pp.simulate(ops).bubble
+    return shares
+
+
+def test_pp_idle_share_of_a_run_is_the_simulated_one(ranks):
+    shares = ranks.run(_pp_run_agrees_with_the_simulation, 4)[0]
+    for name, (run, calibrated, ideal) in shares.items():
+        assert abs(run - calibrated) <= max(0.1 * calibrated, 0.01), (name, run, calibrated)
+        assert abs(run - ideal) <= 0.2 * ideal, (name, run, ideal)
+
+
+def _pp_refuses():
+    p, rank, (x, y) = dist.get_world_size(), dist.get_rank(), pp_rows()
+    ops = pp.schedule("1f1b", p, 4)
+
+    def stages(**changes):
+        return pp_stages(changes.get("layers", pp_model()), changes.get("v", 1))
+
+    def refused(message, ops=ops, x=x, y=y, loss=pp_loss, step=True, **changes):
+        with pytest.raises(ValueError, match=message):
+            pipeline = pp.Pipeline(stages(**changes), ops, loss)
+            assert step, "refused too late"
+            pipeline.step(x, y)
+        ones = torch.ones(3)                    # nobody is left waiting: the group still works
+        dist.all_reduce(ones)
+        assert ones.tolist() == [p] * 3
+
+    class Tuple(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    broken = pp_model()
+    broken.insert(4, Tuple())                   # the last one of stage 0
+    refused(r"(?s)stage 0 returns \(tensor.*return one tensor", layers=broken)
+    wide = pp_model()
+    wide[4] = nn.Linear(5, 6).double()
+    refused(r"stage \d fails: RuntimeError: mat1 and mat2", layers=wide)
+    refused("rows of inputs.*a multiple of 4 microbatches", x=x[:10], y=y[:10])
+    refused("12 rows of inputs, 8 of targets", y=y[:8])
+    refused("rank 1 has 8 rows", x=x[:8] if rank == 1 else x, y=y[:8] if rank == 1 else y)
+    refused("loss_fn returns shape", loss=lambda out, y: out.sum(-1))
+    refused("give all ranks one schedule, and a stage for each chunk", v=2, step=False)
+    refused("a schedule for 3 ranks", ops=pp.schedule("1f1b", 3, 4), step=False)
+    refused("another schedule", step=False, ops=ops if rank == 0 else pp.schedule("gpipe", p, 4))
+    refused("deadlock|the order is F, B, W", step=False, ops=[row[::-1] for row in ops])
+    other = pp_model()
+    with torch.no_grad():
+        other[0].weight.add_(rank)
+    refused("the tied weight 'embedding' differs between ranks", layers=other, step=False)
+    with pytest.raises(ValueError, match="10 chunks for 9 layers|use fewer"):
+        pp.stages_of(pp_model(), 10)
+    layers = pp_model()                         # and training mode is left as it was
+    layers[1].eval()
+    pipeline = pp.Pipeline(pp_stages(layers, 1), ops, pp_loss)
+    pipeline.step(x, y)
+    assert [layer.training for layer in layers] == [True, False] + [True] * 7
+
+
+def test_pp_refuses_bad_input_on_all_ranks_and_leaves_none_waiting(ranks):
+    ranks.run(_pp_refuses, 2)
+
+
+def _pp_with_data_parallelism():
+    """2 stages x 2 replicas, each with half of the rows; DDP and ZeRO-1 average once, at the end.
+    """
+    mesh, (x, y) = dist.init_device_mesh("cpu", (2, 2)), pp_rows()
+    dp, pipe = mesh.get_group(0), mesh.get_group(1)
+    mine = slice(6 * dist.get_rank(dp), 6 * dist.get_rank(dp) + 6)
+    whole = pp_model()
+    pp_loss(whole(x), y).backward()
+    for name in ("1f1b", "zb-h1"):
+        layers = pp_model()
+        [stage] = pp_stages(layers, 1, pipe)
+        parallel = ddp.DDP(stage, dp)
+        pipeline = pp.Pipeline(stage, pp.schedule(name, 2, 3), pp_loss, pipe)
+        with parallel.no_sync():
+            pipeline.step(x[mine], y[mine])
+        parallel.sync()
+        for key, grad, want in pp_own(pipeline, layers, whole):
+            close(grad, want, 1e-12, f"DDP, {name}, {key}")
+    layers, whole = pp_model(tied=False), pp_model(tied=False)
+    pp_loss(whole(x), y).backward()
+    norm = nn.utils.get_total_norm([q.grad for q in whole.parameters() if q.grad is not None])
+    nn.utils.clip_grad_norm_(whole.parameters(), norm / 2)
+    [stage] = pp_stages(layers, 1, pipe)
+    model = zero.Zero(stage, 1, torch.optim.SGD, dp, lr=0.5)
+    pipeline = pp.Pipeline(stage, pp.schedule("zb-h1", 2, 3), pp_loss, pipe)
+    with model.no_sync():
+        pipeline.step(x[mine], y[mine])
+    got = pipeline.grad_norm(model.clip_grad_norm_(math.inf))
+    close(got, norm, 1e-12, "norm with ZeRO-1")
+    model.factor = norm.item() / 2 / (got.item() + 1e-6)
+    model.step()
+    for (name, p), q in zip(layers.named_parameters(), whole.parameters()):
+        if any(p is own for own in pipeline.parameters()):
+            close(p, q if q.grad is None else q - 0.5 * q.grad, 1e-12, f"ZeRO-1, {name}")
+
+
+def test_pp_with_ddp_and_zero_1_on_top_equals_one_process(ranks):
+    ranks.run(_pp_with_data_parallelism, 4)
+
+
+def _pp_autocast():
+    """zb-h1 under autocast: the deferred weight gradients are those of the whole backward."""
+    p, (x, y), grads = dist.get_world_size(), pp_rows(), []
+    for name in ("1f1b", "zb-h1"):
+        layers = pp_model().float()
+        pipeline = pp.Pipeline(pp_stages(layers, 1), pp.schedule(name, p, 4), pp_loss)
+        with torch.autocast("cpu", torch.bfloat16):
+            pipeline.step(x, y)
+        grads.append([w.grad for w in pipeline.parameters() if w.grad is not None])
+    for a, b in zip(*grads):
+        assert a.dtype == torch.float32
+        close(a, b, 1e-2 * b.abs().max().item(), "bf16")
+
+
+def test_pp_deferred_weight_gradients_work_under_autocast(ranks):
+    ranks.run(_pp_autocast, 2)
+
+
+PP_JOB = """
+import os, signal, time
+import torch, torch.distributed as dist
+import pp
+
+class Dies(pp.Slow):
+    def _compute(self, op, stage, arrived, backward):
+        if backward and op.kind == "B" and self.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._compute(op, stage, arrived, backward)
+
+def work():
+    print(f"pid {os.getpid()}", flush=True)
+    stages = pp.stages_of(pp.gpt(7, 8, 2, 4), 1)
+    x = torch.zeros(4, 5, dtype=torch.long)
+    Dies(stages, pp.schedule("1f1b", 3, 4), pp.mean_loss).step(x, x)
+
+if __name__ == "__main__":
+    pp.launch(work, 3)
+"""
+
+
+def test_pp_a_rank_killed_in_the_middle_of_a_schedule_ends_the_job_in_seconds(tmp_path):
+    (tmp_path / "job.py").write_text(PP_JOB)
+    began = time.monotonic()
+    job = subprocess.run([sys.executable, tmp_path / "job.py"], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=100)
+    assert job.returncode == 1 and "SIGKILL" in job.stderr, job.stderr
+    assert time.monotonic() - began < 40
+    pids = re.findall(r"pid (\d+)", job.stdout)
+    assert len(pids) == 3
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+def test_pp_prints_and_draws_any_schedule(tmp_path):
+    run = subprocess.run([sys.executable, HERE / "pp.py", "--schedule", "zb-h1", "--stages", "4",
+                          "--microbatches", "8"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and "11.1% idle; makespan 27" in run.stdout, run.stdout + run.stderr
+    assert pp.chart(pp.simulate(pp.schedule("zb-h1", 4, 8))) in run.stdout
+    assert (tmp_path / "zb-h1-4x8.png").read_bytes()[:4] == b"\x89PNG"
+    run = subprocess.run([sys.executable, HERE / "pp.py", "--schedule", "interleaved", "--stages",
+                          "3"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and "pick a multiple of 3" in run.stderr
 
 
 # ------------------------------------------------------------------ data.py
