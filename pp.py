@@ -411,8 +411,9 @@ class Pipeline:
                 torch.get_autocast_dtype(device))
         if kind in self.shapes:
             return self.shapes[kind]
-        for rank, (rows, others) in enumerate(self._gather((len(inputs), len(targets)))):
-            if rows == 0 or rows % self.m or rows != others or rows != len(inputs):
+        everyone = self._gather((len(inputs), len(targets)))
+        for rank, (rows, others) in enumerate(everyone):
+            if rows == 0 or rows % self.m or rows != others or rows != everyone[0][0]:
                 raise ValueError(f"rank {rank} has {rows} rows of inputs, {others} of targets: "
                                  f"give all ranks the same, a multiple of {self.m} microbatches")
         x, y, found = inputs[:len(inputs) // self.m], targets[:len(inputs) // self.m], []

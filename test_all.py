@@ -3093,14 +3093,12 @@ PP_MUTANTS = {
     "the targets of another microbatch": (
         "self.loss_fn(out, y) / self.m", "self.loss_fn(out, self.rows[-1 - op.microbatch][1]) "
         "/ self.m"),
-    "backwards in the wrong order of microbatches": (
-        "for microbatch, chunk in order]\n    ahead", "for microbatch, chunk in order]\n    "
-        "self_order = [op.microbatch for op in backwards][::-1]\n    backwards = "
-        "[op._replace(microbatch=i) for op, i in zip(backwards, self_order)]\n    ahead"),
+    "microbatches in the wrong order": (
+        "x = x if stage == 0", "x = self.rows[-1 - op.microbatch][0] if stage == 0"),
     "a stale activation": ("x, edge = self.live.pop(key)",
                            "x, edge = self.live.pop(max(self.live))"),
-    "weight gradients of another microbatch": ("self.pending.pop(key)",
-                                               "self.pending.popitem()[1]"),
+    "a deferred weight forgotten": ("for weight, bias, x, dy in pending",
+                                    "for weight, bias, x, dy in pending[1:]"),
     "tied weights not summed": ("p.grad = sum(parts.get(rank, mine) for rank in holders)",
                                 "p.grad = mine"),
     "tied weights summed twice": ("before = [(p, p.grad) for p, _ in self.tied]", "before = []"),
@@ -3111,7 +3109,7 @@ PP_MUTANTS = {
 @pytest.mark.parametrize("name", PP_MUTANTS)
 def test_the_pp_gradient_check_notices(ranks, name):
     names = ("1f1b",) if "order" in name or "stale" in name else ("1f1b", "zb-h1")
-    with pytest.raises(AssertionError, match="max error"):
+    with pytest.raises(AssertionError, match="max error|None and tensor"):
         ranks.run(_pp_equals_the_unsplit_model, 3, PP_MUTANTS[name], names)
 
 
