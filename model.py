@@ -24,6 +24,7 @@ Left out  padding masks (the sequences of a batch have one length), attention dr
 """
 
 import dataclasses
+import itertools
 import math
 import zlib
 
@@ -208,24 +209,31 @@ class GPT(nn.Module):
     """model(tokens (B, T), targets (B, T) or None) -> logits (B, T, V), mean loss or None.
 
     tp_group: its ranks, all with the same tokens, split every layer (tp.py); with targets, logits
-    are then this rank's (B, T, V / n). sequence_parallel: norms and residual stream, too."""
+    are then this rank's (B, T, V / n). sequence_parallel: norms and residual stream, too.
+    stages: (numbers, n), to have only the parts of these of n pipeline stages: see stage()."""
 
-    def __init__(self, config, tp_group=None, sequence_parallel=False):
+    def __init__(self, config, tp_group=None, sequence_parallel=False, stages=((0,), 1)):
         super().__init__()
         self.config, self.tp_group = config, tp_group
         n, C, T = tp_size(tp_group), config.dim, config.seq_len
+        numbers, cuts = stages[0], stage_blocks(config, stages[1])
         split = {"group": tp_group, "sequence_parallel": sequence_parallel and n > 1}
         if split["sequence_parallel"] and (T % n or config.cross_attention):
             raise ValueError(f"sequence_parallel splits seq_len={T} over {n} ranks: pick a "
                              f"multiple of {n}, and no cross_attention")
-        self.embed = VocabParallelEmbedding(config.vocab_size, C, **split)
-        if config.position == "learned":
-            self.position = nn.Embedding(T, C)
-        self.blocks = nn.ModuleList(Block(config, **split) for _ in range(config.layers))
-        self.norm = _norm(config) if config.norm_place == "pre" else nn.Identity()
-        self.head = ColumnParallelLinear(C, config.vocab_size, bias=False, **split)
-        if config.tied:
-            self.head.weight = self.embed.weight
+        self.sequence_parallel = split["sequence_parallel"]
+        if 0 in numbers:
+            self.embed = VocabParallelEmbedding(config.vocab_size, C, **split)
+            if config.position == "learned":
+                self.position = nn.Embedding(T, C)
+        mine = {i for number in numbers for i in cuts[number]}
+        self.blocks = nn.ModuleList(Block(config, **split) if i in mine else None
+                                    for i in range(config.layers))
+        if len(cuts) - 1 in numbers:
+            self.norm = _norm(config) if config.norm_place == "pre" else nn.Identity()
+            self.head = ColumnParallelLinear(C, config.vocab_size, bias=False, **split)
+            if config.tied and 0 in numbers:
+                self.head.weight = self.embed.weight
         self.dropout = nn.Dropout(config.dropout)
         # Constants. Not buffers: model.to(bfloat16) would round the angles of RoPE.
         self.tables = {}
@@ -245,6 +253,7 @@ class GPT(nn.Module):
         """Matrices: normal, variance 1 / fan-in; o and down: 0. Embeddings: normal, variance 1, or
         1 / C where they are the head's matrix, or multiplied by sqrt(C). Biases 0, norms 1."""
         for name, p in self.named_parameters():
+            name = "embed.weight" if self.config.tied and name == "head.weight" else name
             if p.dim() == 1:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
             elif name.endswith(("o.weight", "down.weight")):
@@ -269,34 +278,48 @@ class GPT(nn.Module):
         a decoder's memory.
 
         cache: [] before the first call; later calls give the tokens that follow the cached ones."""
-        config, device = self.config, tokens.device
         start = cache[0]["k"].shape[2] if cache else 0
-        end = start + tokens.shape[1]
-        if end > config.seq_len:
-            raise ValueError(f"{end} tokens, but the model reads at most seq_len={config.seq_len}: "
-                             f"crop them, or build the model with a larger seq_len")
-        if config.cross_attention != (memory is not None):
-            raise ValueError(f"cross_attention={config.cross_attention}, but memory is "
+        if self.config.cross_attention != (memory is not None):
+            raise ValueError(f"cross_attention={self.config.cross_attention}, but memory is "
                              f"{'missing' if memory is None else 'given'}: use both or neither")
-        x = self.embed(tokens)                              # (B, T, C), or this rank's tokens
-        x = x * config.dim ** 0.5 if config.scale_embedding else x
-        rope = bias = None
-        if config.position in ("learned", "sinusoidal"):
-            learned = config.position == "learned"
-            rows = self.position.weight if learned else self.table("wave", device)
-            split = "split" if self.embed.sequence_parallel else "copy"
-            x = x + collective(split, rows[start:end], 0, self.tp_group)().to(x.dtype)
-        elif config.position == "rope":
-            rope = self.table("cos", device)[start:end], self.table("sin", device)[start:end]
-        elif config.position == "alibi":
-            bias = self.table("bias", device)[:, start:end, :end]
-        x = self.dropout(x)
+        positions = self.positions(start, start + tokens.shape[1], tokens.device)
+        x = self.enter(tokens, start)
         if cache is not None and not cache:
             cache.extend({} for _ in self.blocks)
         for i, block in enumerate(self.blocks):
             past = None if cache is None else cache[i]
-            x = block(x, memory=memory, rope=rope, bias=bias, past=past)
+            x = block(x, memory=memory, past=past, **positions)
         return self.norm(x)
+
+    def enter(self, tokens, start=0):
+        """tokens (B, T) at positions start ... -> (B, T, C), or this rank's tokens: for block 0."""
+        config, end = self.config, start + tokens.shape[1]
+        x = self.embed(tokens)
+        x = x * config.dim ** 0.5 if config.scale_embedding else x
+        if config.position in ("learned", "sinusoidal"):
+            learned = config.position == "learned"
+            rows = self.position.weight if learned else self.table("wave", tokens.device)
+            split = "split" if self.sequence_parallel else "copy"
+            x = x + collective(split, rows[start:end], 0, self.tp_group)().to(x.dtype)
+        return self.dropout(x)
+
+    def positions(self, start, end, device):
+        """What every block needs to know of the positions start ... end - 1."""
+        if end > self.config.seq_len:
+            raise ValueError(f"{end} tokens, but the model reads at most seq_len="
+                             f"{self.config.seq_len}: crop them, or build it with a larger seq_len")
+        if self.config.position == "rope":
+            return {"rope": [self.table(name, device)[start:end] for name in ("cos", "sin")]}
+        if self.config.position == "alibi":
+            return {"bias": self.table("bias", device)[:, start:end, :end]}
+        return {}
+
+    def stage(self, i, n):
+        """Stage i of n of this model, for pp.Pipeline: tokens or (B, T, C) -> (B, T, C) or logits.
+        Its parameters are the model's."""
+        if self.config.cross_attention:
+            raise ValueError("cross_attention: a memory does not travel from stage to stage")
+        return Stage(self, stage_blocks(self.config, n)[i], i == 0, i == n - 1)
 
     def forward(self, tokens, targets=None, memory=None, cache=None):
         """-> logits (B, T, V), loss: mean nats per target; targets of -100 do not count."""
@@ -339,6 +362,51 @@ class GPT(nn.Module):
             for module in split:
                 module.sequence_parallel = True
         return tokens
+
+
+class Stage(nn.Module):
+    """Some blocks of a model, with what comes before the first and after the last of them."""
+
+    def __init__(self, model, blocks, first, last):
+        super().__init__()
+        self.before, self.after = nn.ModuleList(), nn.ModuleList()
+        if first:
+            self.before.extend([model.embed, getattr(model, "position", None)])
+        self.blocks = nn.ModuleList(model.blocks[i] for i in blocks)
+        if last:
+            self.after.extend([model.norm, model.head])
+        if model.config.tied and first != last:             # one weight on two ranks: see pp.py
+            (self.before[0] if first else self.after[1]).weight.tied = "embed.weight"
+        self.enter, self.positions = model.enter, model.positions       # methods, not the module
+        self.parts = tp_size(model.tp_group) if model.sequence_parallel else 1
+
+    def forward(self, x):
+        T = x.shape[1] * (1 if self.before else self.parts)
+        positions = self.positions(0, T, x.device)
+        x = self.enter(x) if self.before else x
+        for block in self.blocks:
+            x = block(x, **positions)
+        for layer in self.after:
+            x = layer(x)
+        return x
+
+
+def stage_blocks(config, n):
+    """-> for each of n pipeline stages the range of its blocks, so that the slowest is as fast as
+    can be. A block counts its matrices, and T C for the scores; the head V C; the embedding is a
+    lookup, and counts nothing."""
+    if not 1 <= n <= config.layers:
+        raise ValueError(f"{n} stages for {config.layers} layers: use 1 to {config.layers} stages "
+                         f"(ranks x chunks), or more layers")
+    C, attention = config.dim, 2 * config.dim + 2 * config.kv_heads * config.dim // config.heads
+    mlp = (3 if config.mlp == "swiglu" else 2) * config.hidden
+    load = [0.0] * (n - 1) + [config.vocab_size / (attention + mlp + config.seq_len)]
+    counts = [0] * n
+    for _ in range(config.layers):              # one block each, then to who has least to do
+        i = min(range(n), key=lambda i: (counts[i] > 0, load[i] + counts[i]))
+        counts[i] += 1
+    ends = list(itertools.accumulate(counts))
+    return [range(end - count, end) for end, count in zip(ends, counts)]
 
 
 def pick(logits, temperature, top_k, generator):            # (B, V) -> (B, 1)

@@ -18,8 +18,10 @@ Cost     p ranks, m microbatches, v chunks on a rank; f, b, w: time of F, B, W o
          interleaved   (p-1) (f+b+w) / v      (p-1) / (m v+p-1)        p + (p-1-2i) / v
          zb-h1         (p-1) (f+b-w)          (p-1) / (3m+p-1)         p
 
-         for zb-h1 if m >= p, w <= f, w <= b; at most m (m v chunks) are alive. A boundary carries
-         B T C elements per microbatch forward and as many backward, interleaved v times as much.
+         for zb-h1 if m >= p, w <= f, w <= b; at most m (m v chunks) are alive. gpipe with chunks
+         idles like interleaved (m >= p, else more), keeps all m, and m need not be a multiple of p.
+         A boundary carries B T C elements per microbatch forward and as many backward; there are
+         p v - 1 boundaries.
 Paper    Huang et al. 2019, GPipe (arXiv 1811.06965); Narayanan et al. 2021, section 2.2 (1F1B,
          interleaved; arXiv 2104.04473); Qi et al. 2023, Zero Bubble, section 2 (arXiv 2401.10241)
 Run      python pp.py [--nproc N]     or     torchrun --nproc-per-node N pp.py         N: 1 to 4
@@ -91,8 +93,8 @@ def schedule(name, stages, microbatches, chunks=1):
         raise ValueError(f"schedule {name!r}: pick one of {', '.join(NAMES)}")
     if min(p, m, v) < 1:
         raise ValueError(f"stages={p}, microbatches={m}, chunks={v}: all must be at least 1")
-    if (name == "interleaved") != (v > 1):
-        raise ValueError(f"{name} with chunks={v}: interleaved needs at least 2, the others have 1")
+    if v == 1 and name == "interleaved" or v > 1 and name in ("1f1b", "zb-h1"):
+        raise ValueError(f"{name} with chunks={v}: interleaved needs at least 2, 1f1b and zb-h1 1")
     if name == "interleaved" and m % p:
         raise ValueError(f"interleaved goes in rounds of one microbatch per rank: {m} microbatches "
                          f"over {p} ranks; pick a multiple of {p}")
@@ -100,10 +102,11 @@ def schedule(name, stages, microbatches, chunks=1):
 
 
 def _ops_of(name, rank, p, m, v):
+    halves = [("F", c) for c in range(v)] + [("B", c) for c in reversed(range(v))]
     if name == "naive":
-        return [Op(kind, i) for i in range(m) for kind in "FB"]
-    if name == "gpipe":
-        return [Op(kind, i) for kind in "FB" for i in range(m)]
+        return [Op(kind, i, chunk) for i in range(m) for kind, chunk in halves]
+    if name == "gpipe":                         # with chunks: breadth first (Lamy-Poirier 2022)
+        return [Op(kind, i, chunk) for kind, chunk in halves for i in range(m)]
     # In rounds: p microbatches through chunk 0, the same through chunk 1, ..., then the next p.
     order = [(i // (p * v) * p + i % p, i // p % v) for i in range(m * v)]
     forwards = [Op("F", microbatch, chunk) for microbatch, chunk in order]
@@ -630,7 +633,6 @@ def demo():
         v, errors = chunks_of(name), []
         for count in (p, m) if name == "interleaved" else (1, 3, m):
             layers = gpt(V, C, 2, 6).double()
-            layers[0].weight.tied = "embedding"
             pipeline = Pipeline(stages_of(layers, v), schedule(name, p, count, v), mean_loss)
             with FlopCounterMode(display=False) as flops[name]:
                 pipeline.step(inputs, targets)

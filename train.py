@@ -6,6 +6,7 @@
     python train.py --nproc 2           on 2 processes; or: torchrun --nproc-per-node 2 train.py
     python train.py --nproc 2 --zero 3  the same, but a rank holds half the weights (see zero.py)
     python train.py --nproc 2 --tp 2    2 processes split every layer (see tp.py)
+    python train.py --nproc 2 --pp 2    2 processes hold different layers (see pp.py)
     python train.py --resume            go on from the last checkpoint, with the run's own settings
     python train.py --objective mlm     masked (BERT) instead of causal (GPT) language modelling
 
@@ -34,11 +35,14 @@ from ddp import DDP
 from metrics import Meter, scores
 from model import GPT, Config
 from muon import Muon
-from tp import grad_norm, part_like, sum_replicated_grads, unshard
+from pp import NAMES, Pipeline, schedule
+from tp import (grad_norm, part_like, sum_replicated_grads, unshard,
+                vocab_parallel_cross_entropy)
 from zero import Zero
 
 SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "dropout", "seed")
-LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "device", "out", "resume")  # not resumed
+LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "pp", "schedule", "chunks", "device", "out",
+          "resume")                                                     # not resumed
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
@@ -57,9 +61,17 @@ def build_optimizers(model, args):
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is q for q in matrices)]
     adamw = torch.optim.AdamW(others, lr / 5, **ADAMW)
+    where = "the blocks, whole on every rank" if args.pp == 1 else "the blocks on rank 0"
     return [(Muon(matrices, lr, ns_steps=4), lr), (adamw, lr / 5)], (
-        f"Muon (lr {lr:g}) for the {len(matrices)} matrices of the blocks, whole on every rank; "
+        f"Muon (lr {lr:g}) for the {len(matrices)} matrices of {where}; "
         f"AdamW (lr {lr / 5:g}) for the other {len(others)} tensors")
+
+
+def default_microbatches(args, dp):
+    """1; in a pipeline the most that divide a rank's rows, up to 4 per stage."""
+    rows, step = args.batch_size // dp, args.pp if args.schedule == "interleaved" else 1
+    fits = [m for m in range(step, 4 * args.pp + 1, step) if rows % m == 0]
+    return fits[-1] if args.pp > 1 and fits else 1
 
 
 class Trainer:
@@ -68,10 +80,13 @@ class Trainer:
     def __init__(self, args):
         self.args, self.out = args, pathlib.Path(args.out)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        if self.world % args.tp:
-            raise ValueError(f"--tp {args.tp} does not divide {self.world} processes: see --nproc")
-        self.dp, self.dp_rank = self.world // args.tp, self.rank // args.tp
-        parts = self.dp * args.microbatches
+        if self.world % (args.tp * args.pp):
+            raise ValueError(f"--tp {args.tp} times --pp {args.pp} does not divide {self.world} "
+                             f"processes: see --nproc")
+        self.dp = self.world // (args.tp * args.pp)
+        self.dp_rank, pp_rank = self.rank // args.tp % self.dp, self.rank // (args.tp * self.dp)
+        self.microbatches = args.microbatches or default_microbatches(args, self.dp)
+        parts = self.dp * self.microbatches
         if args.batch_size % parts:
             raise ValueError(f"--batch-size {args.batch_size} does not split into {parts} parts, "
                              f"data-parallel ranks x microbatches: pick a multiple of {parts}")
@@ -87,17 +102,27 @@ class Trainer:
                         **{name: getattr(args, name) for name in SHAPE})
         self.facts = {**dataclasses.asdict(config), "optimizer": args.optimizer,
                       "data": f"{len(text)} bytes with crc32 {zlib.crc32(text):08x}"}
-        dp_group = self.tp_group = None
-        if args.tp > 1:
-            mesh = dist.init_device_mesh(args.device, (self.dp, args.tp))
-            dp_group, self.tp_group = mesh.get_group(0), mesh.get_group(1)
-        self.model = GPT(config, self.tp_group, args.sequence_parallel).to(args.device)
+        dp_group = self.pp_group = self.tp_group = None
+        if args.tp > 1 or args.pp > 1:
+            mesh = dist.init_device_mesh(args.device, (args.pp, self.dp, args.tp))
+            self.pp_group, dp_group, self.tp_group = (mesh.get_group(i) for i in range(3))
+        n = args.pp * args.chunks
+        mine = range(pp_rank, n, args.pp)
+        self.model = GPT(config, self.tp_group, args.sequence_parallel, (mine, n)).to(args.device)
         self.optimizers, trained_by = build_optimizers(self.model, args)
-        self.zero = None
+        self.zero = self.pipeline = None
+        if args.pp > 1:
+            def loss_of(logits, targets):
+                return vocab_parallel_cross_entropy(logits, targets, self.tp_group)
+            stages = [self.model.stage(i, n) for i in mine]
+            ops = schedule(args.schedule, args.pp, self.microbatches, args.chunks)
+            self.pipeline = Pipeline(stages, ops, loss_of, self.pp_group)
+            whole = schedule("naive", args.pp, 1, args.chunks)          # for any number of rows
+            self.evaluation = Pipeline(stages, whole, loss_of, self.pp_group)
         self.step = self.load() if args.resume else 0
         if args.zero:
             state, [(_, peak)] = self.tensors(), self.optimizers
-            self.zero = Zero(self.model, args.zero, torch.optim.AdamW, lr=peak, **ADAMW)
+            self.zero = Zero(self.model, args.zero, torch.optim.AdamW, dp_group, lr=peak, **ADAMW)
             self.zero.load_full_state_dict(state)
             self.optimizers = [(self.zero.optimizer, peak)]
         self.parallel = self.zero or DDP(self.model, dp_group)
@@ -110,15 +135,15 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         self.meter = Meter(self.log if self.rank == 0 else None, self.step, args.steps,
                            args.batch_size * args.seq_len)
-        count = sum(p.numel() * (args.tp if hasattr(p, "shard") else 1)
-                    for p in self.model.parameters())
-        say(f"model  {count:,} parameters: {args.layers} layers, C={args.dim}, H={args.heads}, "
+        count = self.sum_over_ranks(sum(p.numel() * (args.tp if hasattr(p, "shard") else 1)
+                                        for p in self.model.parameters()))[0] * args.pp / self.world
+        say(f"model  {count:,.0f} parameters: {args.layers} layers, C={args.dim}, H={args.heads}, "
             f"T={args.seq_len}; {self.world} x {args.device}")
         say(f"data   {len(text):,} bytes to learn from, {len(val_text):,} to validate on")
         say(f"optim  {trained_by}")
 
     def tensors(self):
-        """All that a checkpoint holds, by names and shapes that do not depend on the layout."""
+        """What a checkpoint holds of this rank, by names and shapes that no layout changes."""
         if self.zero:
             return self.zero.full_state_dict()
         return {name: unshard(p, self.tp_group, t) if t.dim() else t
@@ -161,7 +186,8 @@ class Trainer:
         for i in range(0, len(numbers), 32 * self.dp):
             mine = numbers[i:i + 32 * self.dp][self.dp_rank::self.dp]
             x, y = examples(self.val_windows, mine or numbers[:1], self.args.objective)
-            loss = self.model(x.to(self.args.device), y.to(self.args.device))[1]    # on all ranks
+            x, y = x.to(self.args.device), y.to(self.args.device)           # on all ranks
+            loss = self.evaluation.evaluate(x, y) if self.pipeline else self.model(x, y)[1]
             predicted = (y != -100).sum().item() if mine else 0
             nats, targets = nats + loss.item() * predicted, targets + predicted
         self.model.train()
@@ -171,15 +197,21 @@ class Trainer:
     def backward(self):
         """Gradients of the step's batch, mean over microbatches and ranks -> this rank's loss."""
         args, total = self.args, 0.0
-        rows = args.batch_size // (self.dp * args.microbatches)
-        holder = self.rank if args.sequence_parallel else self.dp_rank  # of a dropout mask
+        holder = self.rank if args.sequence_parallel else self.rank // args.tp  # of dropout masks
         torch.manual_seed(zlib.crc32(f"{args.seed} {self.step} {holder}".encode()))
-        for i in range(args.microbatches):
-            begin = self.step * args.batch_size + (self.dp_rank * args.microbatches + i) * rows
+        rows = args.batch_size // self.dp
+        begin = self.step * args.batch_size + self.dp_rank * rows
+        if self.pipeline:
             x, y = examples(self.windows, range(begin, begin + rows), args.objective)
-            last = i == args.microbatches - 1
+            with self.parallel.no_sync():
+                total = self.pipeline.step(x.to(args.device), y.to(args.device))
+        size = rows // self.microbatches
+        for i in range(0 if self.pipeline else self.microbatches):
+            part = range(begin + i * size, begin + (i + 1) * size)
+            x, y = examples(self.windows, part, args.objective)
+            last = i == self.microbatches - 1
             with contextlib.nullcontext() if last else self.parallel.no_sync():
-                loss = self.parallel(x.to(args.device), y.to(args.device))[1] / args.microbatches
+                loss = self.parallel(x.to(args.device), y.to(args.device))[1] / self.microbatches
                 loss.backward()
             total = total + loss.detach()
         self.parallel.sync()
@@ -190,8 +222,11 @@ class Trainer:
     def update(self):
         """Clip, set the learning rate (linear warm-up times linear decay to zero), step -> norm."""
         clip, params = self.args.clip or math.inf, list(self.model.parameters())
-        norm = self.zero.clip_grad_norm_(clip) if self.zero else grad_norm(params, self.tp_group)
-        if not self.zero:
+        whole = self.pipeline.grad_norm if self.pipeline else lambda norm: norm
+        if self.zero:
+            norm = self.zero.clip_grad_norm_(clip, whole=whole)
+        else:
+            norm = whole(grad_norm(params, self.tp_group))
             torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
         warm = min(1, (self.step + 1) / max(1, self.args.warmup))
         for optimizer, peak in self.optimizers:
@@ -230,6 +265,10 @@ class Trainer:
     def finish(self):
         """A sample of what the model writes, the curve, and proof that all ranks hold one model."""
         state, crc32 = self.tensors(), 0
+        if self.pipeline:                           # what the other stages hold
+            parts = [None] * self.args.pp
+            dist.all_gather_object(parts, state, group=self.pp_group)
+            state = {name: t for part in parts for name, t in part.items()}
         whole = GPT(self.model.config).to(self.args.device).eval()      # whatever the layout
         for name, p in whole.named_parameters():
             p.data.copy_(state[f"model.{name}"])
@@ -278,7 +317,8 @@ def parse(argv):
     add("--dropout", type=float, default=0.0)
     add("--steps", type=int, default=1000)
     add("--batch-size", type=int, default=4, help="sequences in a step, over all ranks")
-    add("--microbatches", type=int, default=1, help="parts in which a rank takes its share")
+    add("--microbatches", type=int, help="parts in which a rank takes its share; default: 1, "
+        "with --pp as many as divide it, at most 4 per stage")
     add("--optimizer", choices=("muon", "adamw"), help="default: muon, with --zero adamw")
     add("--lr", type=float, help="peak learning rate; default: 0.04 for muon, 0.002 for adamw")
     add("--warmup", type=int, default=0, help="steps until the peak")
@@ -289,6 +329,10 @@ def parse(argv):
     add("--nproc", type=int, default=1, help="processes to start on this machine")
     add("--tp", type=int, default=1, help="processes that split every layer")
     add("--sequence-parallel", action="store_true", help="with --tp: norms, residual stream, too")
+    add("--pp", type=int, default=1, help="processes with different layers, a pipeline")
+    add("--schedule", choices=NAMES, default="1f1b", help="order of the microbatches in --pp")
+    add("--chunks", type=int, help="groups of layers on a process of --pp; default: 2 for "
+        "interleaved, else 1")
     add("--zero", type=int, choices=range(4), default=0, help="ZeRO stage; 0: each holds all")
     add("--out", default="out", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -301,8 +345,11 @@ def parse(argv):
             raise ValueError(f"--resume: no checkpoint in {args.out}; start without --resume")
         parser.set_defaults(**resume.settings_of(resume.saved(args.out)[-1]))
         args = parser.parse_args(argv)
-    for name in "steps batch_size microbatches nproc tp save_every eval_every log_every".split():
-        if getattr(args, name) < 1:
+    if args.chunks is None:
+        args.chunks = 2 if args.schedule == "interleaved" else 1
+    for name in ("steps", "batch_size", "microbatches", "nproc", "tp", "pp", "chunks", "save_every",
+                 "eval_every", "log_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
     args.optimizer = args.optimizer or ("adamw" if args.zero or args.tp > 1 else "muon")
     if args.optimizer == "muon" and (args.zero or args.tp > 1):
@@ -310,6 +357,10 @@ def parse(argv):
                          "train with --optimizer adamw")
     if args.tp > 1 and args.zero or args.sequence_parallel and args.tp == 1:
         raise ValueError("--tp goes without --zero, and --sequence-parallel with --tp only")
+    if args.pp == 1 and (args.schedule != "1f1b" or args.chunks > 1):
+        raise ValueError("--schedule and --chunks go with --pp only")
+    if args.pp > 1 and args.zero > 1:
+        raise ValueError("--pp goes with --zero 0 or 1: 2 and 3 send in every microbatch")
     return args
 
 

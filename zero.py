@@ -285,9 +285,11 @@ class Zero(nn.Module):
         self.in_flight.finish()
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm, loss_scale=1.0):
+    def clip_grad_norm_(self, max_norm, loss_scale=1.0, whole=None):
         """-> norm of the whole gradient / loss_scale; step() then uses it, at most max_norm long.
-        loss_scale: what the loss was multiplied by (fp16). The norm is not finite: no step()."""
+        loss_scale: what the loss was multiplied by (fp16). The norm is not finite: no step().
+        whole: makes the norm of this model that of a larger one, of which this is a stage (pp.py).
+        """
         self.sync()
         total = torch.zeros((), dtype=torch.float64, device=self.units[0].full.device)
         for unit in self.units:
@@ -295,7 +297,8 @@ class Zero(nn.Module):
                 total += unit.grad.double().square().sum()
         if self.stage > 0:                      # each rank has another part
             dist.all_reduce(total, group=self.group)
-        norm = total.sqrt() / loss_scale
+        norm = total.sqrt() if whole is None else whole(total.sqrt())
+        norm = norm / loss_scale
         self.factor = min(1.0, max_norm / (norm.item() + 1e-6)) / loss_scale
         return norm
 
