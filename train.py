@@ -394,6 +394,7 @@ def main(argv):
         fail(problem)
     trainer.train()
     trainer.finish()
+    dist.barrier()                                      # gloo may abort whom others leave behind
     dist.destroy_process_group()
 
 
