@@ -371,7 +371,7 @@ class Stage(nn.Module):
         super().__init__()
         self.before, self.after = nn.ModuleList(), nn.ModuleList()
         if first:
-            self.before.extend([model.embed, getattr(model, "position", None)])
+            self.before.extend([model.embed, getattr(model, "position", None), model.dropout])
         self.blocks = nn.ModuleList(model.blocks[i] for i in blocks)
         if last:
             self.after.extend([model.norm, model.head])

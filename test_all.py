@@ -4025,6 +4025,85 @@ def test_model_refuses_what_does_not_split(ranks):
     ranks.run(_model_tp_refuses, 3)
 
 
+@torch.no_grad()
+def check_stages_are_the_model(module):
+    """Chained, the stages are the model; a GPT of some stages has the same weights and names."""
+    tokens = some_tokens(3, 8, 12)
+    for name, changes in TP_CONFIGS.items():
+        config = module.Config(**{**SMALL, "vocab_size": 12, "layers": 5, "kv_heads": 4, **changes,
+                                  "heads": 12 if "kv_heads" in changes else 4})
+        whole = randomised(module.GPT(config).double())
+        for n in (1, 2, 3, 5):
+            x, seen = tokens, []
+            for i in range(n):
+                stage = whole.stage(i, n)
+                x = stage(x)
+                seen += [p for p in stage.parameters()]
+                part = module.GPT(config, stages=([i], n))
+                start = dict(module.GPT(config).named_parameters())
+                if config.tied:
+                    start["head.weight"] = start["embed.weight"]
+                for key, p in part.named_parameters():
+                    assert torch.equal(p, start[key]), f"{name}: stage {i} of {n}, {key}"
+                    same = dict(whole.named_parameters(remove_duplicate=False))[key]
+                    assert any(same is q for q in stage.parameters()), f"{name}: {key} not in stage"
+                tied = [p for p in stage.parameters() if getattr(p, "tied", "") == "embed.weight"]
+                assert len(tied) == (config.tied and n > 1 and i in (0, n - 1)), f"{name}: {tied}"
+            close(x, whole(tokens)[0], 1e-12, f"{name}: {n} stages")
+            assert {id(p) for p in seen} == {id(p) for p in whole.parameters()}
+
+
+def randomised(model):                          # o and down start at zero: then blocks do nothing
+    for i, p in enumerate(model.parameters()):
+        p.add_(torch.randn(p.shape, generator=seeded(i)) / 4)
+    return model
+
+
+def test_model_stages_one_after_the_other_are_the_model_in_every_architecture():
+    check_stages_are_the_model(model_module)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("positions = self.positions(0, T, x.device)\n        x = self.enter(x) if self.before else x",
+     "positions = {}\n        x = self.enter(x) if self.before else x"),
+    ('name = "embed.weight" if self.config.tied and name == "head.weight" else name', "pass"),
+    ("if model.config.tied and first != last:", "if False:"),
+    ("return [range(end - count, end)", "return [range(0, count)")])
+def test_the_stage_check_notices(line, broken):
+    assert_caught(check_stages_are_the_model, mutant("model", line, broken))
+
+
+def test_model_stages_are_cut_so_that_the_slowest_is_as_fast_as_can_be():
+    for layers, n, vocabulary in itertools.product((1, 2, 5, 8), (1, 2, 3, 4), (11, 3000, 30000)):
+        config = Config(**{**SMALL, "layers": layers, "vocab_size": vocabulary})
+        if n > layers:
+            with pytest.raises(ValueError, match=f"{n} stages for {layers} layers: use 1 to"):
+                model_module.stage_blocks(config, n)
+            continue
+        cut = model_module.stage_blocks(config, n)
+        assert [i for blocks in cut for i in blocks] == list(range(layers))
+        # By the FLOPs that torch counts, of a block and of the head for 16 positions:
+        model = GPT(Config(**{**SMALL, "layers": 1, "vocab_size": vocabulary}))
+        flops = []
+        for part, shape in ((model.blocks[0], (1, 16, 24)), (model.head, (1, 16, 24))):
+            with FlopCounterMode(display=False) as counter:
+                part(torch.randn(shape))
+            flops.append(counter.get_total_flops())
+
+        def slowest(counts):
+            return max(flops[0] * count + flops[1] * (i == n - 1)
+                       for i, count in enumerate(counts))
+
+        best = min(slowest(counts) for counts in itertools.product(range(1, layers + 1), repeat=n)
+                   if sum(counts) == layers)
+        assert slowest([len(blocks) for blocks in cut]) <= 1.05 * best, (layers, n, vocabulary, cut)
+
+
+def test_model_stages_refuse_a_memory():
+    with pytest.raises(ValueError, match="a memory does not travel"):
+        GPT(Config(**{**SMALL, **OLD, "cross_attention": True})).stage(0, 1)
+
+
 # ------------------------------------------------------------------ train.py
 
 TINY = "--layers 2 --dim 32 --heads 2 --seq-len 16 --batch-size 12 --log-every 1".split()
@@ -4067,7 +4146,8 @@ def test_train_any_number_of_ranks_and_microbatches_gives_the_same_run(ranks, co
     """Loss, gradient norm and validation of every step equal the one-process run's to 1e-5."""
     for objective in ("causal", "mlm"):
         want = None
-        for n, parts in ((1, 1), (1, 3), (2, 1), (2, 3), (3, 2)):
+        for n, parts, *layout in ((1, 1), (1, 3), (2, 1), (2, 3), (3, 2), (2, 3, "--pp", "2"),
+                                  (4, 3, "--pp", "2", "--schedule", "zb-h1")):
             argv = [
                 *TINY,
                 "--data",
@@ -4081,7 +4161,8 @@ def test_train_any_number_of_ranks_and_microbatches_gives_the_same_run(ranks, co
                 "--microbatches",
                 str(parts),
                 "--out",
-                str(tmp_path / f"{objective}_{n}_{parts}"),
+                str(tmp_path / f"{objective}_{n}_{parts}_{len(layout)}"),
+                *layout,
             ]
             got = ranks.run(_train, n, argv)[0]
             want = want or got
@@ -4102,23 +4183,30 @@ def _first_gradient(module, argv):
     trainer = module.Trainer(module.parse(argv))
     trainer.model.double()
     trainer.backward()
-    return [tp.unshard(p, trainer.tp_group, p.grad) for p in trainer.model.parameters()]
+    return {name: tp.unshard(p, trainer.tp_group, p.grad)
+            for name, p in trainer.model.named_parameters()}
 
 
 def _gradients(mutation, argv):
     module = mutant("train", *mutation) if mutation else train
-    return torch.cat([g.flatten() for g in _first_gradient(module, argv)])
+    return _first_gradient(module, argv)
 
 
 def check_gradients_are_those_of_one_process(ranks, corpus, tmp_path, mutation=None):
     """float64, before any optimizer: Adam and Muon would hide a constant factor."""
-    argv = [*TINY, "--data", corpus, "--steps", "1", "--out", str(tmp_path / "a")]
+    argv = [*TINY, "--layers", "4", "--data", corpus, "--steps", "1", "--out", str(tmp_path / "a")]
     want = ranks.run(_gradients, 1, None, argv)[0]
     for n, parts, *layout in ((1, 3), (2, 2), (3, 1), (2, 2, "--tp", "2"), (4, 1, "--tp", "2"),
-                              (4, 2, "--tp", "2", "--sequence-parallel")):
+                              (4, 2, "--tp", "2", "--sequence-parallel"), (3, 4, "--pp", "3"),
+                              (2, 4, "--pp", "2", "--schedule", "interleaved"),
+                              (4, 3, "--pp", "2", "--schedule", "zb-h1"),
+                              (4, 2, "--pp", "2", "--tp", "2", "--sequence-parallel")):
         flags = [*argv, "--microbatches", str(parts), *layout]
-        for got in ranks.run(_gradients, n, mutation, flags):
-            close(got, want, 1e-12, f"{n} ranks, {parts} microbatches {layout}")
+        found = ranks.run(_gradients, n, mutation, flags)
+        assert {name for got in found for name in got} == set(want)
+        for got in found:
+            for name, grad in got.items():
+                close(grad, want[name], 1e-12, f"{n} ranks, {parts} microbatches {layout} {name}")
 
 
 def test_train_gradients_are_those_of_one_process(ranks, corpus, tmp_path):
@@ -4126,9 +4214,10 @@ def test_train_gradients_are_those_of_one_process(ranks, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("mutation", [
-    ("y.to(args.device))[1] / args.microbatches", "y.to(args.device))[1]"),
-    ("(self.dp_rank * args.microbatches + i) * rows", "i * rows"),
-    ("(self.dp_rank * args.microbatches + i) * rows", "(self.rank * args.microbatches + i) * rows"),
+    ("y.to(args.device))[1] / self.microbatches", "y.to(args.device))[1]"),
+    ("self.step * args.batch_size + self.dp_rank * rows", "self.step * args.batch_size"),
+    ("args.batch_size + self.dp_rank * rows", "args.batch_size + self.rank * rows"),
+    ("self.rank // args.tp % self.dp, ", "self.rank % self.dp, "),
     ("sum_replicated_grads(self.model, self.tp_group)", "pass")])
 def test_train_the_gradient_check_notices(ranks, corpus, tmp_path, mutation):
     with pytest.raises(AssertionError, match="microbatches .*: max error"):
@@ -4225,9 +4314,9 @@ def test_train_a_run_of_two_ranks_resumes_on_one(ranks, corpus, tmp_path):
     assert max(abs(a[0] - b[0]) for a, b in zip(got, want, strict=True)) < 1e-5
 
 
-def test_train_zero_and_tp_equal_replication_and_resume_in_any_layout(ranks, corpus, tmp_path):
+def test_train_zero_tp_and_pp_equal_replication_and_resume_in_any_layout(ranks, corpus, tmp_path):
     argv = [*TINY, "--data", corpus, "--steps", "10", "--save-every", "5", "--eval-every", "5",
-            "--optimizer", "adamw"]
+            "--optimizer", "adamw", "--layers", "4"]
     want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "one")])[0]
 
     def check_same(got, what):
@@ -4241,14 +4330,17 @@ def test_train_zero_and_tp_equal_replication_and_resume_in_any_layout(ranks, cor
             ((3, "--zero", "3"), (1, "--zero", "0"), (2, "--tp", "2")),
             ((2, "--zero", "2", "--microbatches", "3"), (2, *sp)),
             ((2, "--tp", "2"), (1, "--tp", "1"), (2, "--zero", "3")),
-            ((4, *sp, "--microbatches", "3"), (2, "--tp", "2")))):
+            ((4, *sp, "--microbatches", "3"), (2, "--tp", "2"), (3, "--pp", "3")),
+            ((4, "--pp", "2", "--zero", "1"), (1, "--pp", "1"), (2, "--zero", "3")),
+            ((2, "--pp", "2", "--schedule", "interleaved"), (4, "--pp", "2", *sp)))):
         out = str(tmp_path / f"layout_{i}")
         check_same(ranks.run(_train, n, [*argv, *layout, "--out", out])[0], (n, layout))
         for m, *other in later:
             shutil.rmtree(resume.saved(out)[-1])
-            again = ["--resume", "--microbatches", "1", *other, "--out", out]
+            parts = "4" if "--pp" in other else "1"
+            again = ["--resume", "--microbatches", parts, *other, "--out", out]
             check_same(ranks.run(_train, m, again)[0], (n, layout, "then", m, other))
-    for layout in ("--zero", "3"), sp:                          # the same layout: bit for bit
+    for layout in ("--zero", "3"), sp, ("--pp", "2"):           # the same layout: bit for bit
         out = str(tmp_path / layout[0])
         whole = ranks.run(_train, 2, [*argv, *layout, "--dropout", "0.1", "--out", out])[0]
         shutil.rmtree(resume.saved(out)[-1])
@@ -4294,7 +4386,11 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--zero", "4", *new], "choose from"),
         (["--data", corpus, "--zero", "1", "--optimizer", "muon", *new], "Muon needs whole"),
         (["--resume", "--zero", "1", "--out", str(out)], "train with --optimizer adamw"),
-        (["--data", corpus, "--tp", "2", *new], "--tp 2 does not divide 1 processes"),
+        (["--data", corpus, "--tp", "2", *new], "--tp 2 times --pp 1 does not divide 1 processes"),
+        (["--data", corpus, "--pp", "2", *new], "--tp 1 times --pp 2 does not divide 1 processes"),
+        (["--data", corpus, "--pp", "2", "--zero", "2", *new], "--pp goes with --zero 0 or 1"),
+        (["--data", corpus, "--schedule", "gpipe", *new], "go with --pp only"),
+        (["--data", corpus, "--pp", "2", "--chunks", "0", *new], "--chunks 0: use at least 1"),
         (["--data", corpus, "--tp", "2", "--zero", "1", *new], "goes without --zero"),
         (["--data", corpus, "--sequence-parallel", *new], "--sequence-parallel with --tp"),
         (["--resume", *new], "no checkpoint"),
@@ -4326,6 +4422,26 @@ def test_train_bad_input_under_nproc_gives_one_error_line_too(tmp_path):
         "error: --batch-size 16 does not split into 3 parts, data-parallel ranks x microbatches"
     )
     assert run.stderr.count("\n") == 1
+
+
+def _bad_pipeline(*argv):
+    try:
+        train.Trainer(train.parse([*TINY, *argv]))
+    except ValueError as problem:
+        return str(problem)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--layers", "1"), "2 stages for 1 layers: use 1 to 1 stages"),
+    (("--schedule", "interleaved"), "4 stages for 2 layers"),
+    (("--microbatches", "5"), "does not split into 5 parts"),
+    (("--schedule", "interleaved", "--layers", "4", "--microbatches", "3"), "pick a multiple of 2"),
+    (("--chunks", "2", "--layers", "4"), "1f1b with chunks=2")])
+def test_train_bad_pipelines_are_refused_on_all_ranks(ranks, corpus, tmp_path, flags, message):
+    argv = ["--pp", "2", *flags, "--data", corpus, "--out", str(tmp_path / "new")]
+    for problem in ranks.run(_bad_pipeline, 2, *argv):
+        assert problem is not None and message in problem
+    assert not (tmp_path / "new").exists()
 
 
 def test_train_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
@@ -4366,7 +4482,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
     "model": {"rope", "flash_attn", "tp"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "data", "resume", "metrics"}}
-LONGEST = {"model": 350, "train": 350, "zero": 600, "tp": 540}      # lines; others at most 300
+LONGEST = {"model": 420, "train": 410, "zero": 600, "tp": 540, "pp": 790}   # others: 300 lines
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()
 
