@@ -3198,31 +3198,6 @@ def test_the_pp_memory_check_notices(ranks, line, broken):
         ranks.run(_pp_memory, 3, (line, broken))
 
 
-def _pp_run_agrees_with_the_simulation():
-    """Ops sleep, as 4 ranks on 2 cores cannot compute at once -> idle shares: run, simulated."""
-    p, (x, y), shares = dist.get_world_size(), pp_rows(), {}
-    for name in ("gpipe", "1f1b", "interleaved", "zb-h1"):
-        v = 2 if name == "interleaved" else 1
-        ops = pp.schedule(name, p, 8, v)
-        x, y = pp_rows(8)
-        pipeline = pp.Slow(pp_stages(pp_model(), v), ops, pp_loss)
-        pipeline.evaluate(x, y)
-        logs = []
-        for _ in range(3):
-            pipeline.step(x, y)
-            logs.append(pp.measured(pipeline))
-        log = min(logs, key=lambda log: log.makespan)
-        shares[name] = log.bubble, pp.calibrated(log, ops).bubble, pp.simulate(ops).bubble
-    return shares
-
-
-def test_pp_idle_share_of_a_run_is_the_simulated_one(ranks):
-    shares = ranks.run(_pp_run_agrees_with_the_simulation, 4)[0]
-    for name, (run, calibrated, ideal) in shares.items():
-        assert abs(run - calibrated) <= max(0.1 * calibrated, 0.01), (name, run, calibrated)
-        assert abs(run - ideal) <= 0.2 * ideal, (name, run, ideal)
-
-
 def _pp_refuses():
     p, rank, (x, y) = dist.get_world_size(), dist.get_rank(), pp_rows()
     ops = pp.schedule("1f1b", p, 4)
@@ -3372,9 +3347,6 @@ def test_pp_prints_and_draws_any_schedule(tmp_path):
     assert run.returncode == 0 and "11.1% idle; makespan 27" in run.stdout, run.stdout + run.stderr
     assert pp.chart(pp.simulate(pp.schedule("zb-h1", 4, 8))) in run.stdout
     assert (tmp_path / "zb-h1-4x8.png").read_bytes()[:4] == b"\x89PNG"
-    run = subprocess.run([sys.executable, HERE / "pp.py", "--schedule", "interleaved", "--stages",
-                          "3"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2 and "pick a multiple of 3" in run.stderr
 
 
 # ------------------------------------------------------------------ data.py
@@ -3756,8 +3728,8 @@ def test_model_the_cache_check_notices_wrong_positions():
         check_the_cache_changes_nothing,
         mutant(
             "model",
-            'self.table("cos", device)[start:end]',
-            'self.table("cos", device)[:end - start]',
+            "self.table(name, device)[start:end] for name",
+            "self.table(name, device)[:end - start] for name",
         ),
     )
 
@@ -3997,7 +3969,7 @@ def test_model_split_over_ranks_equals_one_process_in_every_architecture(ranks, 
     ("weight = copy_to_tp(weight, self.group)", "pass"),
     ('collective("split", alibi_bias(config.heads, T), 0, tp_group)()',
      "alibi_bias(config.heads, T)[:config.heads // n]"),
-    ('split = "split" if self.embed.sequence_parallel else "copy"', 'split = "copy"'),
+    ('split = "split" if self.sequence_parallel else "copy"', 'split = "copy"'),
     ('collective("split", whole, dim, self.tp_group)() if n > 1 else whole',
      "whole.chunk(n, dim)[0]"),
     ("            module.sequence_parallel = False\n", "            pass\n")])
@@ -4315,7 +4287,7 @@ def test_train_a_run_of_two_ranks_resumes_on_one(ranks, corpus, tmp_path):
 
 
 def test_train_zero_tp_and_pp_equal_replication_and_resume_in_any_layout(ranks, corpus, tmp_path):
-    argv = [*TINY, "--data", corpus, "--steps", "10", "--save-every", "5", "--eval-every", "5",
+    argv = [*TINY, "--data", corpus, "--steps", "4", "--save-every", "2", "--eval-every", "2",
             "--optimizer", "adamw", "--layers", "4"]
     want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "one")])[0]
 

@@ -267,7 +267,8 @@ class Trainer:
         state, crc32 = self.tensors(), 0
         if self.pipeline:                           # what the other stages hold
             parts = [None] * self.args.pp
-            dist.all_gather_object(parts, state, group=self.pp_group)
+            mine = {name: t.cpu() for name, t in state.items() if name.startswith("model.")}
+            dist.all_gather_object(parts, mine, group=self.pp_group)
             state = {name: t for part in parts for name, t in part.items()}
         whole = GPT(self.model.config).to(self.args.device).eval()      # whatever the layout
         for name, p in whole.named_parameters():
