@@ -86,7 +86,7 @@ def launch(fn, n, *args):
 
 def schedule(name, stages, microbatches, chunks=1):
     """-> for each of `stages` ranks the list of its Ops. A B without a W of its own does both.
-    chunks: parts of the model on a rank, for interleaved. ValueError: a combination without a rule.
+    chunks: stages on a rank (interleaved; gpipe, naive). ValueError: a combination without a rule.
     """
     p, m, v = stages, microbatches, chunks
     if name not in NAMES:
@@ -111,7 +111,8 @@ def _ops_of(name, rank, p, m, v):
     order = [(i // (p * v) * p + i % p, i // p % v) for i in range(m * v)]
     forwards = [Op("F", microbatch, chunk) for microbatch, chunk in order]
     backwards = [Op("B", microbatch, v - 1 - chunk) for microbatch, chunk in order]
-    ahead = p - 1 - rank if v == 1 else 2 * (p - 1 - rank) + (v - 1) * p    # forwards before a B
+    # Before the first B: one for each rank behind; with chunks two, and a round of all but the last.
+    ahead = p - 1 - rank if v == 1 else 2 * (p - 1 - rank) + (v - 1) * p
     ops = forwards[:ahead]
     for i, backward in enumerate(backwards):
         ops += forwards[ahead + i:ahead + i + 1] + [backward]
@@ -743,6 +744,7 @@ def bench(rounds):
             times[who].append((time.perf_counter() - begin) * 1e3)
         gap = max((a.grad - b.grad).abs().max().item() for a, b in zip(
             *([w for module in models[who] for w in module.parameters()] for who in models)))
+        gap = max(ours._gather(gap))
         base, ms = (statistics.median(times[who][3:]) for who in times)
         log = measured(ours)
         check(gap < 1e-5, f"{name}: gradients = torch's", f"{gap:.0e} (< 1e-5)")

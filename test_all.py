@@ -4107,8 +4107,10 @@ def command(*argv, **kwargs):
     )
 
 
-def _train(argv):
+def _train(argv, sample=False):
     trainer = train.Trainer(train.parse(argv))
+    if not sample:                              # 500 bytes one by one would take half of the time
+        trainer.sample = trainer.meter.plot = lambda _: None
     trainer.train()
     trainer.finish()
     return [(r["loss"], r["grad_norm"], r.get("val_loss")) for r in records(trainer.out)]
@@ -4199,7 +4201,7 @@ def test_train_the_gradient_check_notices(ranks, corpus, tmp_path, mutation):
 def test_train_learns_and_leaves_curve_sample_and_checkpoints(ranks, corpus, tmp_path):
     out = tmp_path / "run"
     argv = [*TINY, "--data", corpus, "--steps", "120", "--save-every", "50", "--out", str(out)]
-    ranks.run(_train, 1, argv)
+    ranks.run(_train, 1, argv, True)
     losses = [r["loss"] for r in records(out)]
     text = open(corpus, "rb").read()
     counts = torch.bincount(torch.tensor(list(text))).double()
@@ -4513,12 +4515,11 @@ def test_house_the_readme_names_commands_that_exist():
         re.findall(r"(?:python|train\.py|2) (\w+)\.py((?: --[\w-]+(?: [\w./]+)?)*)", README)
     )
     assert ("train", "") in commands and len(commands) > 8
-    helps = {}
+    asked = {name: subprocess.Popen([sys.executable, str(HERE / f"{name}.py"), "--help"],
+                                    stdout=subprocess.PIPE, text=True)
+             for name in {name for name, flags in commands if flags}}
+    helps = {name: run.communicate(timeout=60)[0] for name, run in asked.items()}
     for name, flags in commands:
-        if flags and name not in helps:
-            run = subprocess.run([sys.executable, str(HERE / f"{name}.py"), "--help"],
-                                 capture_output=True, text=True, timeout=60)
-            helps[name] = run.stdout
         for flag in re.findall(r"--[\w-]+", flags):
             assert f"{flag} " in helps[name] or f"{flag}\n" in helps[name], (name, flag)
         assert (HERE / f"{name}.py").exists(), name
