@@ -111,7 +111,7 @@ def _ops_of(name, rank, p, m, v):
     order = [(i // (p * v) * p + i % p, i // p % v) for i in range(m * v)]
     forwards = [Op("F", microbatch, chunk) for microbatch, chunk in order]
     backwards = [Op("B", microbatch, v - 1 - chunk) for microbatch, chunk in order]
-    # Before the first B: one for each rank behind; with chunks two, and a round of all but the last.
+    # Before the first B: a forward for each rank behind; with chunks two, and v - 1 rounds more.
     ahead = p - 1 - rank if v == 1 else 2 * (p - 1 - rank) + (v - 1) * p
     ops = forwards[:ahead]
     for i, backward in enumerate(backwards):

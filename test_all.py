@@ -3305,6 +3305,23 @@ def test_pp_deferred_weight_gradients_work_under_autocast(ranks):
     ranks.run(_pp_autocast, 2)
 
 
+def _pp_on_a_gpu():
+    """There autograd runs in a thread of its own, which must know the mode that defers."""
+    x, y = (t.cuda() for t in pp_rows())
+    for recompute in (False, True):
+        whole, layers = pp_model().cuda(), pp_model(recompute).cuda()
+        pp_loss(whole(x), y).backward()
+        pipeline = pp.Pipeline(pp_stages(layers, 1), pp.schedule("zb-h1", 1, 4), pp_loss)
+        pipeline.step(x, y)
+        for name, grad, want in pp_own(pipeline, layers, whole):
+            close(grad, want, 1e-12, name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pp_defers_weight_gradients_on_a_gpu(ranks):
+    ranks.run(_pp_on_a_gpu, 1)
+
+
 PP_JOB = """
 import os, signal, time
 import torch, torch.distributed as dist
