@@ -20,8 +20,8 @@ Cost     p ranks, m microbatches, v chunks on a rank; f, b, w: time of F, B, W o
 
          for zb-h1 if m >= p, w <= f, w <= b; at most m (m v chunks) are alive. gpipe with chunks
          idles like interleaved (m >= p, else more), keeps all m, and m need not be a multiple of p.
-         A boundary carries B T C elements per microbatch forward and as many backward; there are
-         p v - 1 boundaries.
+         A microbatch carries its activation, rows x T x C, over each of the p v - 1 boundaries
+         between stages (p > 1), and as much back.
 Paper    Huang et al. 2019, GPipe (arXiv 1811.06965); Narayanan et al. 2021, section 2.2 (1F1B,
          interleaved; arXiv 2104.04473); Qi et al. 2023, Zero Bubble, section 2 (arXiv 2401.10241)
 Run      python pp.py [--nproc N]     or     torchrun --nproc-per-node N pp.py         N: 1 to 4
@@ -309,10 +309,11 @@ class Defer(TorchFunctionMode):
     def finish(pending):
         """Add dL/dW = dy^T x (and the bias's) to .grad, as backward would: hooks are called."""
         leaves, grads = [], []
-        for weight, bias, x, dy in pending:
-            dy = dy.flatten(0, -2)                                  # (rows, out)
+        while pending:                          # popped: x and dy are freed one after the other
+            weight, bias, x, dy = pending.pop()
+            x, dy = (t.reshape(-1, t.shape[-1]) for t in (x.to(dy.dtype), dy))      # (rows, ...)
             leaves.append(weight)
-            grads.append((dy.mT @ x.flatten(0, -2).to(dy.dtype)).to(weight.dtype))
+            grads.append((dy.mT @ x).to(weight.dtype))
             if bias is not None:
                 leaves.append(bias)
                 grads.append(dy.sum(0).to(bias.dtype))
@@ -325,12 +326,13 @@ class Pipeline:
     stages: this rank's modules, of chunk 0, 1, ...: stage chunk * p + rank of the model, one tensor
     in, one out. schedule: from schedule(). loss_fn(output, target) -> mean loss of a microbatch.
     group: the p ranks (None: all). A parameter with an attribute `tied`, a name, is one weight with
-    those of that name on other ranks: their gradients are summed. With data parallelism on top:
+    the one of that name on other ranks: their gradients are summed. With data parallelism on top:
     step() inside no_sync(), then sync(). ValueError, on all ranks: what does not fit, found here or
-    in the first step with inputs of a new shape.
+    in the first pass over inputs of a shape that is new to all. A stage must not change its input
+    in place; after a change of dtype, make a new Pipeline.
     log: of the last pass, [(op, start, end)] in seconds of the host's clock (for CUDA: use it with
-    CUDA_LAUNCH_BLOCKING=1); between them is waiting. peak_live: most microbatches alive, each chunk
-    counts."""
+    CUDA_LAUNCH_BLOCKING=1); what lies between is waiting. peak_live: most microbatches alive, each
+    chunk counts."""
 
     def __init__(self, stages, schedule, loss_fn, group=None):
         self.modules = [stages] if isinstance(stages, nn.Module) else list(stages)
@@ -351,7 +353,8 @@ class Pipeline:
                                  f"all ranks one schedule, and a stage for each chunk")
         validate(schedule)
         self.tied = []                          # (parameter, the ranks that hold it)
-        for name in sorted({name for _, _, theirs in everyone for name in theirs}):
+        self.tied_names = sorted({name for _, _, theirs in everyone for name in theirs})
+        for name in self.tied_names:
             holders = [rank for rank in range(self.p) if name in everyone[rank][2]]
             if len({everyone[rank][2][name] for rank in holders}) > 1:
                 raise ValueError(f"the tied weight {name!r} differs between ranks {holders}: start "
@@ -372,9 +375,10 @@ class Pipeline:
         return everyone
 
     def step(self, inputs, targets):
-        """Forward and backward: adds the gradients of the mean loss over all rows to .grad -> that
+        """Forward and backward: adds the gradients of the microbatches' mean loss to .grad -> that
         loss. inputs, targets: (rows, ...), on all ranks the same; rows: a multiple of microbatches.
         """
+        self._shapes(inputs, targets)           # whoever is refused has lost nothing
         before = [(p, p.grad) for p, _ in self.tied]
         for p, _ in before:
             p.grad = None
@@ -392,15 +396,16 @@ class Pipeline:
 
     @torch.no_grad()
     def grad_norm(self, mine=None):
-        """2-norm of the gradient of the whole model; a tied weight counts once. mine: the norm on
-        this rank, where its .grad are not all of it (tensor parallelism, ZeRO without tied)."""
+        """2-norm of the gradient of the whole model, on all ranks; a tied weight counts once. mine:
+        the norm on this rank, where its .grad are not all of it (tensor parallelism, ZeRO)."""
+        if mine is not None and self.tied_names:
+            raise ValueError(f"mine={mine:.3g}: how much of it is {self.tied_names}, which must "
+                             f"count once, is not known: use weights that are not tied")
         if mine is None:
             mine = nn.utils.get_total_norm([p.grad for p in self.parameters()
                                             if p.grad is not None])
-        square = mine.double() ** 2
+        square = mine.to(self.loss.device, torch.float64) ** 2
         for p, holders in self.tied:
-            if p.grad is None:
-                raise ValueError(f"{p.tied} is tied, but has no .grad to count once: drop the tie")
             if self.rank != holders[0]:
                 square -= p.grad.double().square().sum()
         dist.all_reduce(square, group=self.group)
@@ -464,8 +469,6 @@ class Pipeline:
                     tensor = results.pop(key).contiguous()
                     work = dist.isend(tensor, group=self.group, group_dst=target)
                     sending.append((tensor, work))
-                    if len(sending) > 4:        # to free it; no deadlock, see actions_of()
-                        sending.popleft()[1].wait()
                 else:
                     shape, dtype = shapes[key[2] - (key[0] == "B")]
                     buffer = inputs.new_empty(shape, dtype=dtype)
@@ -475,9 +478,12 @@ class Pipeline:
             key = needs(action.kind, action.microbatch, stage, self.last)
             arrived = results.pop(key, None) if action.kind != "W" else None
             times.append(time.perf_counter())               # the op before ends, waiting begins
+            while len(sending) > 4:             # to free what is sent; no deadlock, see actions_of
+                sending.popleft()[1].wait()
             if key in arriving:
                 arrived, work = arriving.pop(key)
                 work.wait()
+                work = None                     # it would hold on to the buffer
             times.append(time.perf_counter())
             result = self._compute(action, stage, arrived, backward)
             if result is not None:              # for another rank, or the next stage is here

@@ -68,7 +68,8 @@ def build_optimizers(model, args):
 
 
 def default_microbatches(args, dp):
-    """1; in a pipeline the most that divide a rank's rows, up to 4 per stage."""
+    """1; in a pipeline the most that divide a rank's rows, up to 4 a process of it; for interleaved
+    a multiple of --pp."""
     rows, step = args.batch_size // dp, args.pp if args.schedule == "interleaved" else 1
     fits = [m for m in range(step, 4 * args.pp + 1, step) if rows % m == 0]
     return fits[-1] if args.pp > 1 and fits else 1
@@ -319,7 +320,7 @@ def parse(argv):
     add("--steps", type=int, default=1000)
     add("--batch-size", type=int, default=4, help="sequences in a step, over all ranks")
     add("--microbatches", type=int, help="parts in which a rank takes its share; default: 1, "
-        "with --pp as many as divide it, at most 4 per stage")
+        "with --pp as many as divide it, at most 4 a process of --pp")
     add("--optimizer", choices=("muon", "adamw"), help="default: muon, with --zero adamw")
     add("--lr", type=float, help="peak learning rate; default: 0.04 for muon, 0.002 for adamw")
     add("--warmup", type=int, default=0, help="steps until the peak")
