@@ -341,19 +341,22 @@ class Pipeline:
         ops = [op for ops in schedule for op in ops]
         self.m, self.v = (1 + max((op[i] for op in ops), default=0) for i in (1, 2))
         self.last, self.defer, self.shapes = self.p * self.v - 1, Defer(), {}
-        tied = {p.tied: p for p in self.parameters() if hasattr(p, "tied") and p.requires_grad}
+        marked = [p for p in self.parameters() if hasattr(p, "tied") and p.requires_grad]
+        tied = {p.tied: p for p in marked}
         facts = {name: (p.shape, zlib.crc32(p.detach().cpu().flatten().view(torch.uint8).numpy()))
                  for name, p in tied.items()}
-        everyone = self._gather((schedule, len(self.modules), facts))
-        for rank, (theirs, modules, _) in enumerate(everyone):
+        everyone = self._gather((schedule, len(self.modules), facts, len(marked) > len(tied)))
+        for rank, (theirs, modules, _, twice) in enumerate(everyone):
             if len(schedule) != self.p or modules != self.v or theirs != schedule:
                 raise ValueError(f"a schedule for {len(schedule)} ranks with {self.v} chunks each; "
                                  f"there are {self.p} ranks, and rank {rank} has {modules} stages "
                                  f"{'and another schedule' if theirs != schedule else ''}: give "
                                  f"all ranks one schedule, and a stage for each chunk")
+            if twice:
+                raise ValueError(f"rank {rank} has two parameters tied by one name: make them one")
         validate(schedule)
         self.tied = []                          # (parameter, the ranks that hold it)
-        self.tied_names = sorted({name for _, _, theirs in everyone for name in theirs})
+        self.tied_names = sorted({name for _, _, theirs, _ in everyone for name in theirs})
         for name in self.tied_names:
             holders = [rank for rank in range(self.p) if name in everyone[rank][2]]
             if len({everyone[rank][2][name] for rank in holders}) > 1:

@@ -3113,6 +3113,37 @@ def test_the_pp_gradient_check_notices(ranks, name):
         ranks.run(_pp_equals_the_unsplit_model, 3, PP_MUTANTS[name], names)
 
 
+class PpTurned(nn.Module):
+    """No parameters, and an output that is not contiguous."""
+
+    def forward(self, x):
+        return x.mT.contiguous().mT
+
+
+def _pp_odd_stages():
+    (x, y), p = pp_rows(), dist.get_world_size()
+    x = x.t().contiguous().t()                  # not contiguous either
+    for name in ("1f1b", "zb-h1"):
+        layers = pp_model()
+        layers.insert(3, PpTurned())
+        parts = [layers[:4], layers[4:]] if p == 2 else [layers[:3], layers[3:4], layers[4:]]
+        layers[0].weight.tied = "embedding"
+        pipeline = pp.Pipeline(parts[dist.get_rank()], pp.schedule(name, p, 4), pp_loss)
+        whole = pp_model()
+        whole.insert(3, PpTurned())
+        pp_loss(whole(x), y).backward()
+        close(pipeline.step(x, y), pp_loss(whole(x), y), 1e-12, "loss")
+        for key, grad, want in pp_own(pipeline, layers, whole):
+            close(grad, want, 1e-12, f"{name}, {key}")
+        close(pipeline.grad_norm(), nn.utils.get_total_norm(
+            [w.grad for w in whole.parameters() if w.grad is not None]), 1e-12, "norm")
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_pp_takes_tensors_that_are_not_contiguous_and_ranks_without_parameters(ranks, n):
+    ranks.run(_pp_odd_stages, n)
+
+
 def _pp_dropout():
     """Recomputed layers draw the masks that they drew before; each schedule, the same ones."""
     p, (x, y), grads = dist.get_world_size(), pp_rows(), {}
@@ -3249,6 +3280,9 @@ def _pp_refuses():
     with torch.no_grad():
         other[0].weight.add_(rank)
     refused("the tied weight 'embedding' differs between ranks", layers=other, step=False)
+    double = pp_model()
+    double[1].down.weight.tied = double[2].down.weight.tied = "one name"
+    refused("rank 0 has two parameters tied by one name", layers=double, step=False)
     with pytest.raises(ValueError, match="10 chunks for 9 layers|use fewer"):
         pp.stages_of(pp_model(), 10)
     layers = pp_model()                         # and training mode is left as it was
