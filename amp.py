@@ -1,0 +1,808 @@
+"""Mixed precision: multiply in 16 or 8 bits, add up and keep what must last in 32.
+
+    format   exponent  mantissa    largest    least      a gradient below half of the least is 0;
+    fp32            8        23    3.4e38     1e-45      an update below eps/2 = 2^-(mantissa + 1)
+    bf16            8         7    3.4e38     9e-41      of its weight is lost, too. So: fp16 needs
+    fp16            5        10     65504     6e-8       its loss scaled, bf16 does not; and both
+    e5m2 (fp8)      5         2     57344     1.5e-5     need weights in fp32 for the optimizer.
+    e4m3 (fp8)      4         3       448     0.002
+
+    w (fp32) --cast--> w16 --+                        scaled: loss * S
+    x -------cast----> x16 --matmul, fp32 sums--> y16 --norms, softmax, loss in fp32--> loss
+    step if all finite <-- g / S, in fp32 <-- dw (fp32) <-- dw16 = S g <-- backward <-- S
+
+S doubles every 2000 good steps; a gradient that is inf or NaN on any rank halves it, and all skip.
+
+Cost     states of Adam, bytes a parameter: 16 in fp32 (4 + 4 + 8) and 16 in mixed precision (2 + 2
+         + 4 + 8): nothing is saved there. Saved: the time of matmuls where the hardware is faster,
+         and activations: less than half under autocast (norms and the residual stream stay fp32).
+Paper    Micikevicius et al. 2018, section 3 (arXiv 1710.03740); Kalamkar et al. 2019 (bfloat16;
+         1905.12322); Micikevicius et al. 2022, FP8 formats, table 1 (2209.05433)
+Run      python amp.py            claims and figures/amp.png, about 25 s
+         python amp.py --bench    a linear layer and a small GPT, in every type the machine has
+Left out blocks of 32 with a scale each (MX, NVFP4), optimizer states in 8 bits, fp8 communication
+"""
+
+import argparse
+import contextlib
+import copy
+import fnmatch
+import math
+import pathlib
+import random
+import statistics
+import sysconfig
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_leaves, tree_map
+
+FLOATS = torch.float32, torch.bfloat16, torch.float16
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# What a region does with an op, by its name; other ops follow torch's own promotion of their
+# inputs. torch.autocast's lists for CUDA, and rms_norm and mean.
+LOW = set("""linear matmul __matmul__ __rmatmul__ mm mv bmm addmm addmv addbmm baddbmm einsum
+    chain_matmul multi_dot bilinear prelu conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+    conv_transpose3d scaled_dot_product_attention multi_head_attention_forward""".split())
+FLOAT32 = set("""softmax log_softmax softmin logsumexp softplus layer_norm rms_norm group_norm norm
+    vector_norm matrix_norm sum mean prod cumsum cumprod exp expm1 log log2 log10 log1p pow __pow__
+    __rpow__ reciprocal rsqrt tan sinh cosh asin acos erfinv dist cdist cosine_similarity renorm
+    cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div poisson_nll_loss
+    gaussian_nll_loss binary_cross_entropy binary_cross_entropy_with_logits hinge_embedding_loss
+    margin_ranking_loss soft_margin_loss multi_margin_loss multilabel_margin_loss
+    triplet_margin_loss cosine_embedding_loss ctc_loss""".split())
+
+
+@contextlib.contextmanager
+def autocast(dtype, enabled=True):
+    """with autocast(torch.bfloat16): forward, loss. Or @autocast(dtype) before a function.
+
+    A weight is cast once in the outermost region (open it for a whole step), again if it has
+    changed, and apart for no_grad. The innermost region decides; enabled=False: ops run as they
+    come. float64 is left alone. Recomputation outside of the region needs one of its own:
+    checkpoint(autocast(dtype)(block), x), or torch's context_fn. fp16 on a CPU: operands rounded
+    to fp16, sums in fp32, the result rounded, as on a GPU; torch's own kernels are far slower."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype={dtype}: pick torch.bfloat16 or torch.float16")
+    around = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Policy)]
+    for mode in around:
+        mode.shadowed += 1
+    try:
+        with Policy(dtype if enabled else None, around[0].casts if around else {}):
+            yield
+    finally:
+        for mode in around:
+            mode.shadowed -= 1
+
+
+class Policy(TorchFunctionMode):
+    """What a region does: torch hands it every call of a torch function, made from Python."""
+
+    def __init__(self, dtype, casts):
+        super().__init__()
+        self.dtype, self.casts, self.shadowed = dtype, casts, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        asked = "out" in kwargs or kwargs.get("dtype") is not None      # the caller knows better
+        if self.dtype is None or self.shadowed or asked or name not in LOW | FLOAT32:
+            return func(*args, **kwargs)
+        if name in FLOAT32:
+            return func(*tree_map(widen, args), **tree_map(widen, kwargs))
+        args, kwargs = tree_map(self.cast, (args, kwargs))
+        half = [t for t in tree_leaves((args, kwargs))
+                if isinstance(t, torch.Tensor) and t.dtype == torch.float16]
+        if not half or half[0].device.type != "cpu":
+            return func(*args, **kwargs)
+        args, kwargs = tree_map(widen, (args, kwargs))
+        return tree_map(self.cast, func(*args, **kwargs))
+
+    def cast(self, x):
+        if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS or x.dtype == self.dtype:
+            return x
+        if not (x.is_leaf and x.requires_grad):
+            return x.to(self.dtype)
+        key = id(x), self.dtype, torch.is_grad_enabled()    # a cast under no_grad has no gradient
+        if key not in self.casts or self.casts[key][1] != x._version:
+            self.casts[key] = x, x._version, x.to(self.dtype)           # x: that its id stays its
+        return self.casts[key][2]
+
+
+def widen(x):
+    low = isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16)
+    return x.float() if low else x
+
+
+def bf16_is_native(device_type):
+    """Does the hardware multiply bf16? A CPU without the instruction is slower than in fp32."""
+    if device_type != "cpu":
+        return device_type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    has = getattr(torch.cpu, "get_capabilities", dict)()    # avx512_bf16, amx_bf16, ...
+    return any(value for name, value in has.items() if "bf16" in name)
+
+
+class LossScaler:
+    """scaler.scale(loss).backward(); scaler.unscale_(optimizer); clip; scaler.step(optimizer);
+    scaler.update(). The verbs of torch.amp.GradScaler, with a scale that stays.
+
+    Gradients are divided in fp32. One that is inf or NaN, on any rank of group (None: of all), and
+    no rank steps any optimizer that was unscaled before; without unscale_, step() does it.
+    FloatingPointError: `patience` skipped steps in a row."""
+
+    def __init__(self, init_scale=2.0**16, group=None, patience=20):
+        if not 0 < init_scale < math.inf:
+            raise ValueError(f"init_scale={init_scale}: must be above 0, and finite")
+        self.value, self.group, self.patience = float(init_scale), group, patience
+        self.skipped, self.finite, self.stepped = 0, {}, set()
+
+    def get_scale(self):
+        return self.value
+
+    def scale(self, loss):
+        """-> the loss to call backward() on, at least in fp32: fp16 ends at 65504."""
+        if not isinstance(loss, torch.Tensor) or loss.dtype not in (*FLOATS, torch.float64):
+            raise ValueError(f"loss is {getattr(loss, 'dtype', type(loss))}: give a tensor of "
+                             f"floating-point numbers")
+        if hasattr(loss, "scaled_by"):
+            raise ValueError(f"this loss is scaled by {loss.scaled_by:g} already: scale it once")
+        scaled = loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.value
+        scaled.scaled_by = self.value
+        return scaled
+
+    @torch.no_grad()
+    def unscale_(self, optimizer):
+        """Divide the gradients by the scale; after it they can be clipped. An optimizer with an
+        unscale_ of its own (MasterWeights) does that itself."""
+        if id(optimizer) in self.finite:
+            raise RuntimeError("unscale_() twice for an optimizer: call update() after step()")
+        if hasattr(optimizer, "unscale_"):
+            return self.judge(optimizer, optimizer.unscale_(1 / self.value))
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in params if p.grad is not None]
+        if any(g.dtype == torch.float16 for g in grads):
+            raise ValueError("gradients in fp16: divided in place, small ones become 0 again; use "
+                             "MasterWeights(optimizer_cls, params)")
+        for g in grads:
+            g.mul_(1 / self.value)
+        finite = [g.isfinite().all().to(params[0].device) for g in grads]
+        good = torch.ones((), dtype=torch.bool, device=params[0].device)
+        self.judge(optimizer, torch.stack([good, *finite]).all())
+
+    def judge(self, optimizer, finite):
+        """For gradients unscaled elsewhere (ZeRO): are all of this rank finite? All ranks call it.
+        """
+        finite = torch.as_tensor(finite).to(torch.float32)
+        if dist.is_initialized():
+            dist.all_reduce(finite, dist.ReduceOp.MIN, group=self.group)
+        self.finite[id(optimizer)] = bool(finite.item())
+
+    def step(self, optimizer, *args, **kwargs):
+        """optimizer.step(), or None if a gradient is not finite."""
+        if id(optimizer) in self.stepped:
+            raise RuntimeError("step() twice for an optimizer: call update() in between")
+        if id(optimizer) not in self.finite:
+            self.unscale_(optimizer)
+        self.stepped.add(id(optimizer))
+        return optimizer.step(*args, **kwargs) if all(self.finite.values()) else None
+
+    def update(self):
+        """Once per step, after the optimizers. -> was the step good?"""
+        if not self.finite:
+            raise RuntimeError("update() before unscale_() or step(): no gradient was looked at")
+        good = all(self.finite.values())
+        self.skipped = 0 if good else self.skipped + 1
+        self.finite, self.stepped = {}, set()
+        self.adapt(good)
+        return good
+
+    def adapt(self, good):
+        if self.skipped >= self.patience:
+            raise FloatingPointError(f"{self.skipped} steps in a row without finite gradients at "
+                                     f"scale {self.value:g}: lower it, or see what overflows")
+
+    def state_dict(self):
+        return {"scale": self.value}
+
+    def load_state_dict(self, state):
+        self.value = float(state["scale"])
+
+
+class DynamicLossScaler(LossScaler):
+    """The scale grows after growth_interval good steps in a row, up to max_scale, and shrinks after
+    a bad one. Reads and writes the state_dict of torch.amp.GradScaler.
+    FloatingPointError: below min_scale; then not the scale is to blame, and nothing would train."""
+
+    def __init__(self, init_scale=2.0**16, growth_factor=2.0, backoff_factor=0.5,
+                 growth_interval=2000, min_scale=1.0, max_scale=2.0**24, group=None):
+        super().__init__(init_scale, group)
+        if not growth_factor > 1 or not 0 < backoff_factor < 1 or growth_interval < 1:
+            raise ValueError(f"growth_factor={growth_factor}, backoff_factor={backoff_factor}, "
+                             f"growth_interval={growth_interval}: need > 1, between 0 and 1, >= 1")
+        if not min_scale <= init_scale <= max_scale:
+            raise ValueError(f"init_scale={init_scale}: must lie in [{min_scale}, {max_scale}]")
+        self.growth_factor, self.backoff_factor = growth_factor, backoff_factor
+        self.growth_interval, self.growth_tracker = growth_interval, 0
+        self.min_scale, self.max_scale = min_scale, max_scale
+
+    def adapt(self, good):
+        self.growth_tracker = self.growth_tracker + 1 if good else 0
+        if not good:
+            self.value *= self.backoff_factor
+        elif self.growth_tracker == self.growth_interval:
+            self.value = min(self.value * self.growth_factor, self.max_scale)
+            self.growth_tracker = 0
+        if self.value < self.min_scale:
+            raise FloatingPointError(
+                f"the scale fell to {self.value:g}: {self.skipped} steps in a row without finite "
+                f"gradients; look for inf or NaN in the data or the forward, lower the rate")
+
+    def state_dict(self):
+        return {"scale": self.value, "growth_factor": self.growth_factor,
+                "backoff_factor": self.backoff_factor, "growth_interval": self.growth_interval,
+                "_growth_tracker": self.growth_tracker}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.growth_factor, self.backoff_factor = state["growth_factor"], state["backoff_factor"]
+        self.growth_interval = state["growth_interval"]
+        self.growth_tracker = state["_growth_tracker"]
+
+
+class MasterWeights:
+    """An optimizer for fp16 and bf16 parameters that steps fp32 copies of them.
+
+    params as for optimizer_cls, tensors or groups; kwargs are its. Each tensor has an optimizer of
+    its own, so that one fp32 gradient at a time exists: weight 2, gradient 2, master 4, and with
+    Adam 8 bytes. fp32 parameters are stepped as they are. ValueError: integers, and such.
+    stochastic_rounding: no master. The fp32 result of a step is rounded to bf16, up with a
+    probability of the distance to below, so it is right on average (4 bytes less). The same seed
+    on all ranks: replicas must round alike."""
+
+    def __init__(self, optimizer_cls, params, stochastic_rounding=False, seed=0, **kwargs):
+        groups = list(params)
+        groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
+        self.stochastic, self.factor = stochastic_rounding, 1.0
+        self.parts = []                         # (parameter, what is stepped, its optimizer)
+        for group in groups:
+            for p in group["params"]:
+                if p.dtype not in (torch.bfloat16, torch.float32) and (
+                        stochastic_rounding or p.dtype != torch.float16):
+                    raise ValueError(f"a parameter of {p.dtype}: give bfloat16 or float32"
+                                     f"{'' if stochastic_rounding else ' or float16'}")
+                master = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+                optimizer = optimizer_cls([{**group, "params": [master]}], **kwargs)
+                self.parts.append((p, master, optimizer))
+                self._forget(p, master)
+        if not self.parts:
+            raise ValueError("no parameters: give at least one")
+        self.generators = {p.device: torch.Generator(p.device).manual_seed(seed)
+                           for p, _, _ in self.parts}
+
+    @property
+    def param_groups(self):
+        """One for each tensor, to set learning rates in; their params are the masters."""
+        return [group for _, _, optimizer in self.parts for group in optimizer.param_groups]
+
+    def _forget(self, p, master):
+        if self.stochastic and master is not p:
+            master.data = p.data.new_empty(0, dtype=torch.float32)
+
+    @torch.no_grad()
+    def unscale_(self, inverse):
+        """step() will multiply gradients by it, in fp32. -> are all of them finite?"""
+        self.factor = inverse
+        finite = [p.grad.isfinite().all() for p, _, _ in self.parts if p.grad is not None]
+        return torch.stack(finite or [torch.tensor(True)]).all()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm):
+        """After unscale_. -> 2-norm of the gradient; step() will use it at most max_norm long."""
+        norms = [p.grad.norm(dtype=torch.float32) for p, _, _ in self.parts if p.grad is not None]
+        norm = torch.stack(norms or [torch.zeros(())]).norm() * self.factor
+        self.factor *= min(1.0, max_norm / (norm.item() + 1e-6))
+        return norm
+
+    @torch.no_grad()
+    def step(self):
+        for p, master, optimizer in self.parts:
+            if p.grad is None:
+                continue
+            grad = p.grad
+            if self.stochastic and master is not p:
+                master.data = p.float()
+            master.grad = grad.float() * self.factor        # first to fp32: 2^-25 in fp16 is 0
+            optimizer.step()
+            master.grad = grad if master is p else None
+            if master is not p:
+                p.copy_(self._round(master))
+            self._forget(p, master)
+
+    def _round(self, master):
+        if not self.stochastic:
+            return master                       # copy_ rounds to the nearest
+        bits = master.view(torch.int32)         # bf16: the upper 16 of the 32 bits of fp32
+        noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device,
+                              generator=self.generators[bits.device])
+        rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
+        return rounded.where(master.isfinite(), master)
+
+    def zero_grad(self):
+        self.factor = 1.0
+        for p, _, _ in self.parts:
+            p.grad = None
+
+    def state_dict(self):
+        """Masters, the optimizers' states, and where the random numbers stand: bitwise resuming."""
+        return {"masters": [master.detach().clone() for _, master, _ in self.parts],
+                "optimizers": [copy.deepcopy(o.state_dict()) for _, _, o in self.parts],
+                "generators": {str(d): g.get_state() for d, g in self.generators.items()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        if [m.shape for m in state["masters"]] != [m.shape for _, m, _ in self.parts]:
+            raise ValueError("the state is of other parameters: give those, in the same order")
+        for (p, master, optimizer), saved, theirs in zip(self.parts, state["masters"],
+                                                         state["optimizers"]):
+            master.copy_(saved)
+            optimizer.load_state_dict(theirs)
+            if not self.stochastic:
+                p.copy_(master)
+        for device, generator in self.generators.items():
+            generator.set_state(state["generators"][str(device)])
+
+
+class Float8(nn.Module):
+    """x W^T with both factors in fp8: what a Float8Linear, or a layer's `product`, calls.
+
+    scaling  "dynamic"  one scale per tensor, the largest |element| at 448 (gradients: 57344)
+             "delayed"  the same from the largest of the last 16 calls; beyond it values saturate.
+                        On a GPU it saves a pass over each tensor; costs a state to save (history)
+             "rowwise"  one scale for each row and column of a product: outliers spoil only theirs
+    The gradients' products take E5M2 for the gradient, E4M3 for x and W. Sums are fp32, the result
+    is what F.linear would return here. ValueError: sizes that are no multiples of 16."""
+
+    def __init__(self, scaling="dynamic"):
+        super().__init__()
+        if scaling not in ("dynamic", "delayed", "rowwise"):
+            raise ValueError(f"scaling={scaling!r}: pick dynamic, delayed or rowwise")
+        self.scaling = scaling
+        if scaling == "delayed":
+            self.register_buffer("history", torch.zeros(3, 16))         # of x, W and the gradient
+
+    def forward(self, x, weight, bias=None):
+        rows = x.numel() // max(1, x.shape[-1])
+        if any(size % 16 for size in weight.shape) or torch.is_grad_enabled() and rows % 16:
+            raise ValueError(f"{rows} rows times a weight of {tuple(weight.shape)}: fp8 needs "
+                             f"multiples of 16; pad (rows: batch x tokens), or skip this layer")
+        low = F.linear(x.new_empty(0, x.shape[-1]), weight[:0]).dtype   # what autocast would give
+        y = Float8Product.apply(x.flatten(0, -2).to(low), weight, self)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias.to(low)
+
+    @torch.no_grad()
+    def largest(self, i, t):
+        """Of tensor i, 0-dim fp32: what is scaled to the end of the format. None: row by row."""
+        if self.scaling == "rowwise":
+            return None
+        now = t.abs().amax().float()
+        if self.scaling == "dynamic":
+            return now
+        past = self.history[i].max()
+        self.history[i] = torch.cat([now[None], self.history[i, :-1]])
+        return torch.where(past > 0, past, now)
+
+
+class Float8Product(torch.autograd.Function):
+    """x (M, K), weight (N, K) -> (M, N). What is kept for backward is x and weight as they came."""
+
+    @staticmethod
+    def forward(ctx, x, weight, layer):
+        ctx.layer, ctx.most = layer, (layer.largest(0, x), layer.largest(1, weight))
+        ctx.save_for_backward(x, weight)
+        return matmul8(x, weight.t(), x.dtype, E4M3, *ctx.most, fast=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x, weight), (most_x, most_w), most_g = ctx.saved_tensors, ctx.most, ctx.layer.largest(2, g)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = matmul8(g, weight, x.dtype, E5M2, most_g, most_w)
+        if ctx.needs_input_grad[1]:
+            dw = matmul8(g.t(), x, weight.dtype, E5M2, most_g, most_x)
+        return dx, dw, None
+
+
+def matmul8(a, b, out_dtype, a_dtype, most_a=None, most_b=None, fast=False):
+    """a (M, K) in a_dtype times b (K, N) in E4M3 -> (M, N). most: see Float8.largest.
+
+    Where there are no fp8 units: the fp8 values multiplied and added in float64, so exact, then
+    rounded once. fast: may add with fewer bits, as the units of Hopper do (forward only)."""
+    a, inverse_a = quantize(a, a_dtype, a.abs().amax(1, True) if most_a is None else most_a)
+    b, inverse_b = quantize(b, E4M3, b.abs().amax(0, True) if most_b is None else most_b)
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 9):
+        if most_a is None and out_dtype != torch.bfloat16:              # its rowwise kernel has one
+            return matmul8_units(a, b, torch.bfloat16, inverse_a, inverse_b, fast).to(out_dtype)
+        return matmul8_units(a, b, out_dtype, inverse_a, inverse_b, fast)
+    return (a.double() @ b.double() * (inverse_a.double() * inverse_b)).to(out_dtype)
+
+
+def matmul8_units(a, b, out_dtype, inverse_a, inverse_b, fast):
+    return torch._scaled_mm(a.contiguous(), b.t().contiguous().t(), scale_a=inverse_a,
+                            scale_b=inverse_b, out_dtype=out_dtype, use_fast_accum=fast)
+
+
+def quantize(x, dtype, most):
+    """-> x times a scale that brings `most` to the format's end, in fp8; 1 / scale, fp32."""
+    end, most = torch.finfo(dtype).max, most.float()
+    scale = end / most.clamp(min=1e-30)                     # a tensor of zeros: no 0 / 0
+    x8 = (x.float() * scale).clamp(-end, end).to(dtype)     # a cast alone: 448 or NaN, E4M3 has
+    return x8, 1 / scale + 0 * most                         # NaN, if `most` is inf: not hidden
+
+
+class Float8Linear(nn.Linear):
+    """nn.Linear whose three products, of forward and backward, are in fp8: see Float8."""
+
+    def __init__(self, in_features, out_features, bias=True, scaling="dynamic", **kwargs):
+        super().__init__(in_features, out_features, bias, **kwargs)
+        self.product = Float8(scaling)
+
+    def forward(self, x):
+        return self.product(x, self.weight, self.bias)
+
+
+def convert_to_float8(model, skip=(), scaling="dynamic"):
+    """In place: every nn.Linear becomes a Float8Linear, with its own parameters; a layer with a
+    `product` (tp.py's) gets Float8 as that. skip: patterns of module names, such as "head",
+    "blocks.0.*". -> names of what was converted. ValueError, before anything changes: a layer
+    that cannot be: sizes that are no multiples of 16, or a forward of its own."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)
+              and not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)}
+    for name, m in layers.items():
+        if any(size % 16 for size in m.weight.shape):
+            raise ValueError(f"{name} has a weight of {tuple(m.weight.shape)}: fp8 needs multiples "
+                             f"of 16; change the size, or skip=({name!r},)")
+        if type(m) not in (nn.Linear, Float8Linear) and not hasattr(m, "product"):
+            raise ValueError(f"{name} is a {type(m).__name__}, which multiplies in its own way: "
+                             f"skip=({name!r},)")
+    for m in layers.values():
+        m.__class__ = Float8Linear if type(m) is nn.Linear else type(m)
+        m.product = Float8(scaling).to(m.weight.device)
+    return list(layers)
+
+
+# ------------------------------------------------------------------ demo
+
+# Bits of the mantissa and exponent of the smallest normal number, of each format.
+FORMATS = {torch.float16: (10, -14), torch.bfloat16: (7, -126), E5M2: (2, -14), E4M3: (3, -6)}
+
+
+def rounded(x, dtype):
+    """x in float64 -> rounded to the format by hand, in float64: what a cast must equal."""
+    bits, low = FORMATS[dtype]
+    exponent = (torch.frexp(x).exponent - 1).clamp(min=low)     # below `low`: steps stay equal
+    step = torch.ldexp(torch.ones_like(x), exponent - bits)
+    y = (x / step).round() * step                               # a tie goes to the even one
+    return torch.where(y.abs() > torch.finfo(dtype).max, math.inf * y.sign(), y)
+
+
+class Net(nn.Module):
+    """A small GPT: tokens, targets (B, T) -> mean loss. C wide, heads of 16 or more."""
+
+    def __init__(self, C=64, T=64, layers=2):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(128, C), nn.Embedding(T, C)
+        self.blocks = nn.ModuleList(nn.ModuleDict({
+            "norm1": nn.LayerNorm(C), "qkv": nn.Linear(C, 3 * C), "o": nn.Linear(C, C),
+            "norm2": nn.LayerNorm(C), "up": nn.Linear(C, 4 * C), "down": nn.Linear(4 * C, C)})
+            for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, 128)
+
+    def forward(self, x, y):
+        x = self.embed(x) + self.position.weight
+        for block in self.blocks:
+            q, k, v = block["qkv"](block["norm1"](x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + block["o"](mixed.transpose(1, 2).flatten(2))
+            x = x + block["down"](F.gelu(block["up"](block["norm2"](x))))
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), y.flatten())
+
+
+def net(**kwargs):
+    torch.manual_seed(0)
+    return Net(**kwargs)
+
+
+def batches(count, B=16, T=64):
+    """Python's own source, as bytes below 128."""
+    files = sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
+    text = torch.tensor(list(b"".join(f.read_bytes() for f in files))).clamp(max=127)
+    text = text.unfold(0, T + 1, 1)
+    windows = [text[torch.randint(len(text), (B,))] for _ in range(count)]
+    return [(w[:, :-1], w[:, 1:]) for w in windows]
+
+
+def learn(data, region, scaler, fp8=False, parts=1):
+    """Losses of training on data; each step is one of `parts` equal microbatches of a step."""
+    model = net()
+    if fp8:
+        convert_to_float8(model, skip=("head",))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.95)), []
+    for x, y in data:
+        with region():
+            loss = model(x, y)
+        scaler.scale(loss / parts).backward()
+        scaler.unscale_(optimizer)
+        for p in model.parameters():            # as if the other microbatches had given the same
+            p.grad *= parts
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def activation_gradients(batch, region, scale):
+    """|dL/dy| times scale of all linear layers' outputs y, end to end, fp32."""
+    model, found = net(), []
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            m.register_forward_hook(lambda m, args, y: y.register_hook(found.append) and None)
+    with region():
+        loss = model(*batch)
+    (loss * scale).backward()
+    return torch.cat([g.flatten().float().abs() for g in found])
+
+
+def saved_bytes(model, region, batch):
+    """What autograd keeps from a forward: each storage once, without the parameters'."""
+    weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def note(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), region():
+        loss = model(*batch)
+    return sum(found.values()), loss
+
+
+def check(ok, claim, measured):
+    """Print one claim with what was measured; stop with exit code 1 if it does not hold."""
+    print(f"{'ok  ' if ok else 'FAIL'} {claim:<64} {measured}")
+    if not ok:
+        raise AssertionError(f"claim does not hold: {claim}: {measured}")
+
+
+def fp16():
+    return autocast(torch.float16)
+
+
+def bf16():
+    return autocast(torch.bfloat16)
+
+
+def demo_formats():
+    x = torch.randn(100_000, dtype=torch.float64).float().double()
+    x = torch.cat([x * 2.0 ** e for e in range(-30, 20)]).float().double()
+    for dtype in FORMATS:
+        y = x.clamp(-448, 448) if dtype == E4M3 else x          # it has no inf
+        off = rounded(y, dtype) != y.float().to(dtype).double()
+        check(not off.any(), f"{str(dtype)[6:]}: rounding by hand = torch's cast",
+              f"{off.sum()} of {len(x):,} differ")
+    ones, total = torch.ones(4096, dtype=torch.float16), torch.zeros((), dtype=torch.float16)
+    for one in ones:
+        total += one
+    check(total == 2048, "4096 ones added up in fp16; with a sum in fp32",
+          f"{total:.0f}; {ones.sum(dtype=torch.float32):.0f}")
+    gained = []
+    for dtype, stochastic in ((torch.float16, None), (torch.bfloat16, None),
+                              (torch.float16, False), (torch.bfloat16, False),
+                              (torch.bfloat16, True)):
+        p = nn.Parameter(torch.ones(512, dtype=dtype))
+        way = torch.optim.SGD([p], 1e-4) if stochastic is None else MasterWeights(
+            torch.optim.SGD, [p], stochastic, lr=1e-4)
+        for _ in range(1000):
+            p.grad = -torch.ones_like(p)
+            way.step()
+        gained.append(p.float().mean().item() - 1)
+    lost, kept = gained[:2], gained[2:]
+    check(lost == [0, 0] and all(abs(x - 0.1) < 0.003 for x in kept),
+          "1000 updates of 1e-4 to a weight of 1 in fp16, bf16 alone",
+          "gained {:.3f}, {:.3f}".format(*lost))
+    print("     the same with a master in fp32; bf16 rounded stochastically".ljust(69),
+          "{:.3f}, {:.3f}; {:.3f}".format(*kept))
+
+
+def demo_autocast(batch):
+    plain, results = contextlib.nullcontext, []
+    for region in (bf16(), torch.autocast("cpu", torch.bfloat16)):
+        model = net()
+        with region:
+            loss = model(*batch)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    off = max((a - b).abs().max().item() for a, b in zip(*results))
+    check(off == 0, "bf16: loss and all gradients = torch.autocast's", f"off by {off:g}")
+
+    print("\nbytes, Adam                      weights + gradients + rest, a parameter     activations")
+    totals, kept = [], []
+    for name, region, dtype, stochastic in (
+            ("fp32", plain, None, None), ("autocast(bf16)", bf16, None, None),
+            ("bf16 + master in fp32", plain, torch.bfloat16, False),
+            ("bf16, rounded stochastically", plain, torch.bfloat16, True)):
+        model = net().to(dtype)
+        size, loss = saved_bytes(model, region, batch)
+        loss.backward()
+        params = list(model.parameters())
+        if dtype is None:
+            optimizers = [torch.optim.AdamW(params)]
+            optimizers[0].step()
+            masters = []
+        else:
+            way = MasterWeights(torch.optim.AdamW, params, stochastic)
+            way.step()
+            masters, optimizers = ([part[i] for part in way.parts] for i in (1, 2))
+        states = [t for o in optimizers for state in o.state.values() for t in state.values()]
+        sizes = [sum(t.nbytes for t in tensors) / sum(p.numel() for p in params) for tensors in
+                 (params, [p.grad for p in params], masters + [t for t in states if t.dim() > 0])]
+        totals.append(sum(sizes))
+        kept.append(size / 1e6)
+        print(f"     {name:<28}", "{:g} + {:g} + {:g}".format(*sizes).ljust(14),
+              f"= {totals[-1]:g}".ljust(29), f"{kept[-1]:.2f} MB, {kept[-1] / kept[0] - 1:+.0%}")
+    check(totals == [16, 16, 16, 12], "mixed precision saves nothing of 16 bytes of state, but",
+          f"activations: {1 - kept[1] / kept[0]:.0%}; pure bf16 {1 - kept[2] / kept[0]:.0%}")
+
+
+def demo_scaling(data):
+    print("\ngradients of activations that fp16 makes 0, by tokens in the step (the loss is their "
+          "mean)\n     tokens   unscaled   times 2^16")
+    for tokens in (2**10, 2**16, 2**20, 2**22):
+        share = 1024 / tokens                   # the batch is one of so many microbatches
+        exact = activation_gradients(data[0], contextlib.nullcontext, share)
+        lost = [((activation_gradients(data[0], fp16, share * scale) == 0) & (exact > 0))
+                .float().mean().item() for scale in (1, 2**16)]
+        print(f"{tokens:11,} {lost[0]:10.1%} {lost[1]:12.1%}")
+        if tokens == 2**20:
+            seen, at_20 = exact, lost
+    check(at_20[0] > 0.5 and at_20[1] < 0.01, "lost at 2^20 tokens, unscaled and scaled",
+          "{:.1%}, {:.1%}".format(*at_20))
+    true = 2.0 ** -25
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float16))
+    p.grad = torch.tensor([true * 2**16], dtype=torch.float16)
+    optimizer, scaler = MasterWeights(torch.optim.SGD, [p], lr=1.0), LossScaler(2.0**16)
+    in_place = (p.grad / 2**16).item()
+    scaler.step(optimizer)
+    master = -optimizer.param_groups[0]["params"][0].item()
+    check(in_place == 0 and master == true, "2^-25, scaled, divided in fp16; by MasterWeights",
+          f"{in_place:g}; 2^{math.log2(master):g}")
+    random.seed(0)
+    theirs = torch.amp.GradScaler("cpu", 2.0**12, growth_interval=3)
+    ours = DynamicLossScaler(2.0**12, growth_interval=3)
+    theirs.scale(torch.zeros(()))               # it starts with its first loss
+    w, scales = nn.Parameter(torch.ones(3)), []
+    for _ in range(400):
+        grad = torch.tensor([1.0, random.choice([1.0] * 3 + [math.inf, math.nan]), 1.0])
+        for scaler in (theirs, ours):
+            w.grad, optimizer = grad.clone(), torch.optim.SGD([w], 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+        scales.append((theirs.get_scale(), ours.get_scale()))
+    check(all(a == b for a, b in scales) and w.isfinite().all(),
+          "400 random overflows: scales of torch.amp.GradScaler, no NaN weight",
+          f"{sum(a != b for a, b in scales)} differ; {min(scales)[1]:g} to {max(scales)[1]:g}")
+    return seen
+
+
+def demo_float8():
+    """Errors of Float8Linear's three products, and the bound: each factor errs by half a step."""
+    torch.manual_seed(0)
+    w, g = torch.randn(384, 512) / 512**0.5, torch.randn(256, 384)
+    x = torch.randn(256, 512)
+    spoiled = torch.cat([1e4 * x[:1], x[1:]])
+    least = {}
+    print("\n|y - exact| / |exact| in fp8, all rows but the first        y = xW'       dx       dW")
+    for scaling in ("dynamic", "delayed", "rowwise"):
+        for name, rows in (("", x), (", the first row of x times 10,000", spoiled)):
+            layer, rows = Float8Linear(512, 384, False, scaling), rows.clone().requires_grad_()
+            layer.weight.data.copy_(w)
+            y = layer(rows)
+            y.backward(g)
+            exact = rows.double() @ w.double().T, g.double() @ w.double(), g.double().T @ rows.double()
+            got = y.detach(), rows.grad, layer.weight.grad
+            errors = [((a - b)[1:].norm() / b[1:].norm()).item() for a, b in zip(got, exact)]
+            least[scaling, name] = errors
+            print(f"     {scaling + name:<52}", *(f"{error:8.4f}" for error in errors))
+            if scaling == "dynamic" and not name:
+                bounds = bound(x, w.T, E4M3), bound(g, w, E5M2), bound(g.T, x, E5M2)
+                ratio = max(((a - b).abs() / c).max().item()
+                            for a, b, c in zip(got, exact, bounds))
+    check(ratio <= 1, "dynamic: every element within the formats' bound",
+          f"at most {ratio:.2f} of it")
+    tensor, row = (max(errors[0] for (scaling, _), errors in least.items() if scaling == kind)
+                   for kind in ("dynamic", "rowwise"))
+    check(row < 0.05 < tensor, "a large row spoils the others, but not with rowwise scales",
+          f"{tensor:.2f}, {row:.2f}")
+
+
+def bound(a, b, a_dtype):
+    """Of |a8 b8 - a b|, elementwise: |a b8 - ..| <= (|a| + e_a)(|b| + e_b) - |a||b|, summed."""
+    (a, e_a), (b, e_b) = ((t.double().abs(), half_step(t.double().abs(), dtype))
+                          for t, dtype in ((a, a_dtype), (b, E4M3)))
+    return (a + e_a) @ (b + e_b) - a @ b
+
+
+def half_step(t, dtype):                        # relative where normal, else half of the least
+    bits, low = FORMATS[dtype]
+    most = t.max() / torch.finfo(dtype).max
+    return (t * 2.0 ** -(bits + 1)).clamp(min=most * 2.0 ** (low - bits - 1))
+
+
+def demo():
+    torch.manual_seed(0)
+    data = batches(150)
+    demo_formats()
+    demo_autocast(data[0])
+    gradients = demo_scaling(data)
+    demo_float8()
+    plain, parts = contextlib.nullcontext, 1024             # 1024 x 1024 tokens: 2^20 in a step
+    curves = {"fp32": learn(data, plain, LossScaler(1.0)),
+              "bf16": learn(data, bf16, LossScaler(1.0)),
+              "fp8": learn(data, bf16, LossScaler(1.0), fp8=True),
+              "fp16, scaled": learn(data, fp16, DynamicLossScaler(growth_interval=50), parts=parts),
+              "fp16, not scaled": learn(data, fp16, LossScaler(1.0), parts=parts)}
+    print("\nmean loss, nats per byte, of the last 20 of 150 steps; gap to fp32")
+    ends = {name: statistics.mean(losses[-20:]) for name, losses in curves.items()}
+    for name, end in ends.items():
+        print(f"     {name:<18} {end:.4f}   {end / ends['fp32'] - 1:+.2%}")
+    gaps = [abs(end / ends["fp32"] - 1) for end in list(ends.values())[1:4]]
+    check(max(gaps) < 0.01 and ends["fp16, not scaled"] > 1.2 * ends["fp32"],
+          "bf16, fp8 and scaled fp16 learn like fp32, unscaled fp16 does not",
+          "gaps {:.2%}, {:.2%}, {:.2%}".format(*gaps))
+    draw(gradients, curves)
+
+
+def draw(gradients, curves):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("skipped: figure (pip install matplotlib)")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    exponents = gradients[gradients > 0].log2()
+    for shift, color, name in ((0, "C3", "as they are"), (16, "C0", "times 2^16")):
+        left.hist(exponents + shift, bins=range(-60, 11), color=color, alpha=0.6,
+                  weights=[100 / len(exponents)] * len(exponents), label=name)
+    ranges = {"fp16": (-24, 16), "e4m3": (-9, 9), "e5m2": (-16, 16), "bf16": (-60, 20)}
+    for i, (name, (low, high)) in enumerate(ranges.items()):
+        y = -1.2 * (i + 1)
+        left.plot([max(low, -60), min(high, 20)], [y, y], color="0.35", lw=4)
+        left.annotate(name, (-59, y + 0.1) if name != "bf16" else (-59, y + 0.1), fontsize=8)
+    left.set(xlabel="log2 of a gradient; bars: what a format can hold", ylabel="% of the gradients",
+             title="Gradients of activations, 2^20 tokens a step", xlim=(-60, 20))
+    left.legend()
+    for i, (name, losses) in enumerate(curves.items()):
+        smooth = [statistics.mean(losses[max(0, j - 9):j + 1]) for j in range(len(losses))]
+        right.plot(smooth, label=name, color=f"C{i}", ls=("-", "--", "-.", ":", "-")[i])
+    right.set(xlabel="step", ylabel="loss, nats per byte (mean of 10)", title="The same net, trained")
+    right.legend()
+    folder = pathlib.Path(__file__).parent / "figures"
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / "amp.png", dpi=100)
+
+
+def bench():
+    pass
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="mixed precision: demo, or times in ms")
+    parser.add_argument("--bench", action="store_true", help="only times, medians")
+    bench() if parser.parse_args().bench else demo()
