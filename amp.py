@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import copy
 import fnmatch
+import functools
 import math
 import pathlib
 import random
@@ -237,8 +238,8 @@ class DynamicLossScaler(LossScaler):
             self.growth_tracker = 0
         if self.value < self.min_scale:
             raise FloatingPointError(
-                f"the scale fell to {self.value:g}: {self.skipped} steps in a row without finite "
-                f"gradients; look for inf or NaN in the data or the forward, lower the rate")
+                f"the scale fell to {self.value:g}, below min_scale={self.min_scale:g}: gradients are "
+                f"inf or NaN at any scale; look at the data and the forward, lower the rate")
 
     def state_dict(self):
         return {"scale": self.value, "growth_factor": self.growth_factor,
@@ -477,6 +478,7 @@ def convert_to_float8(model, skip=(), scaling="dynamic"):
 
 # ------------------------------------------------------------------ demo
 
+fp16, bf16 = (functools.partial(autocast, dtype) for dtype in (torch.float16, torch.bfloat16))
 # Bits of the mantissa and exponent of the smallest normal number, of each format.
 FORMATS = {torch.float16: (10, -14), torch.bfloat16: (7, -126), E5M2: (2, -14), E4M3: (3, -6)}
 
@@ -581,14 +583,6 @@ def check(ok, claim, measured):
         raise AssertionError(f"claim does not hold: {claim}: {measured}")
 
 
-def fp16():
-    return autocast(torch.float16)
-
-
-def bf16():
-    return autocast(torch.bfloat16)
-
-
 def demo_formats():
     x = torch.randn(100_000, dtype=torch.float64).float().double()
     x = torch.cat([x * 2.0 ** e for e in range(-30, 20)]).float().double()
@@ -684,12 +678,12 @@ def demo_scaling(data):
     check(in_place == 0 and master == true, "2^-25, scaled, divided in fp16; by MasterWeights",
           f"{in_place:g}; 2^{math.log2(master):g}")
     random.seed(0)
-    theirs = torch.amp.GradScaler("cpu", 2.0**12, growth_interval=3)
-    ours = DynamicLossScaler(2.0**12, growth_interval=3)
+    theirs = torch.amp.GradScaler("cpu", 2.0**12, growth_interval=7)     # has no limits
+    ours = DynamicLossScaler(2.0**12, growth_interval=7, min_scale=0.0, max_scale=math.inf)
     theirs.scale(torch.zeros(()))               # it starts with its first loss
     w, scales = nn.Parameter(torch.ones(3)), []
     for _ in range(400):
-        grad = torch.tensor([1.0, random.choice([1.0] * 3 + [math.inf, math.nan]), 1.0])
+        grad = torch.tensor([1.0, random.choice([1.0] * 18 + [math.inf, math.nan]), 1.0])
         for scaler in (theirs, ours):
             w.grad, optimizer = grad.clone(), torch.optim.SGD([w], 0.1)
             scaler.step(optimizer)
@@ -706,11 +700,11 @@ def demo_float8():
     torch.manual_seed(0)
     w, g = torch.randn(384, 512) / 512**0.5, torch.randn(256, 384)
     x = torch.randn(256, 512)
-    spoiled = torch.cat([1e4 * x[:1], x[1:]])
+    spoiled = torch.cat([1e5 * x[:1], x[1:]])
     least = {}
     print("\n|y - exact| / |exact| in fp8, all rows but the first        y = xW'       dx       dW")
     for scaling in ("dynamic", "delayed", "rowwise"):
-        for name, rows in (("", x), (", the first row of x times 10,000", spoiled)):
+        for name, rows in (("", x), (", the first row of x times 100,000", spoiled)):
             layer, rows = Float8Linear(512, 384, False, scaling), rows.clone().requires_grad_()
             layer.weight.data.copy_(w)
             y = layer(rows)
@@ -728,7 +722,7 @@ def demo_float8():
           f"at most {ratio:.2f} of it")
     tensor, row = (max(errors[0] for (scaling, _), errors in least.items() if scaling == kind)
                    for kind in ("dynamic", "rowwise"))
-    check(row < 0.05 < tensor, "a large row spoils the others, but not with rowwise scales",
+    check(row < 0.05 and tensor > 0.2, "a large row spoils the others, but not with rowwise scales",
           f"{tensor:.2f}, {row:.2f}")
 
 
@@ -799,7 +793,48 @@ def draw(gradients, curves):
 
 
 def bench():
-    pass
+    """Median ms, the ways in turn. A GPU: what multiplies in 8 bits is compiled, as is its rival."""
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    plain = contextlib.nullcontext
+    for d in (1024, 2048, 4096, 8192) if cuda else (256, 512, 1024, 2048):
+        x, ways = torch.randn(8192 if cuda else 256, d, device=device), {}
+        kinds = {"fp32": (nn.Linear, torch.float32), "bf16": (nn.Linear, torch.bfloat16)}
+        if cuda:
+            kinds |= {"fp8": (Float8Linear, torch.bfloat16),
+                      "fp8 rowwise": (functools.partial(Float8Linear, scaling="rowwise"),
+                                      torch.bfloat16)}
+        for name, (kind, dtype) in kinds.items():
+            layer = kind(d, d, bias=False).to(device, dtype)
+            layer = torch.compile(layer) if cuda else layer
+            ways[name] = layer, plain, [x.to(dtype).requires_grad_()]
+        report(f"linear, d = {d}, {len(x)} rows", ways, device)
+    size = dict(C=768, T=1024, layers=12) if cuda else dict(C=256, T=128, layers=4)
+    batch = [t.to(device) for t in batches(1, 8, size["T"])[0]]
+    ways = {"fp32": plain, "tf32": plain} if cuda else {"fp32": plain}
+    ways |= {"torch.autocast": lambda: torch.autocast(device, torch.bfloat16), "autocast": bf16}
+    report("a GPT, {C} wide, {layers} blocks".format(**size), {
+        name: (net(**size).to(device), region, batch) for name, region in ways.items()}, device)
+
+
+def report(what, ways, device, rounds=15):
+    times = {name: [] for name in ways}
+    for i in range(rounds + 3):                 # the first three warm up, and compile
+        for name, (model, region, inputs) in ways.items():
+            torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            with region():
+                loss = model(*inputs).float().sum()
+            loss.backward()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(1e3 * (time.perf_counter() - start))
+            model.zero_grad()
+    medians = {name: statistics.median(row[3:]) for name, row in times.items()}
+    print(f"{what}: " + ", ".join(f"{name} {ms:.2f} ms ({medians['fp32'] / ms:.2f}x)"
+                                  for name, ms in medians.items()))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class TiledAttention(torch.autograd.Function):
         # Softmax: ds = p * (dp - delta) with delta = sum_j p_j dp_j = do . o, the paper's D.
         delta = (do.to(lse.dtype) * o).sum(-1, keepdim=True)                 # (B, H, Tq, 1)
         dq, dk, dv = torch.zeros_like(q, dtype=lse.dtype), torch.empty_like(k), torch.empty_like(v)
-        with torch.autocast(do.device.type, enabled=False):                  # as in the forward
+        with torch.autocast(do.device.type, enabled=False), torch._C.DisableTorchFunction():
             for j in range(0, Tk, block):
                 k_j, v_j = block_of(k, j, block, N), block_of(v, j, block, N)
                 dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
@@ -142,9 +142,8 @@ def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
     ValueError: shapes or dtypes that do not fit, unknown or impossible backend, block < 1.
     """
     device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)              # as SDPA does; float64 is left alone
-        q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))
+    # To the type that a product has here: under autocast a lower one. SDPA does the same.
+    q, k, v = (x.to((x.new_empty(0, 1) @ x.new_empty(1, 0)).dtype) for x in (q, k, v))
     if not (q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
             and k.shape[1] and q.shape[1] % k.shape[1] == 0 and q.dtype == k.dtype == v.dtype):
         got = ", ".join(f"{n} {tuple(x.shape)} {x.dtype}" for n, x in zip("qkv", (q, k, v)))
@@ -161,7 +160,8 @@ def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
         return flash_triton.attention(q, k, v, causal, scale)
     if backend == "torch":
         shift = Tk - Tq if causal else Tk                   # Tk: every query sees every key
-        with torch.autocast(device, enabled=False):         # it would make the products bf16
+        # Autocast, torch's or one made of a torch function mode, would make the products bf16.
+        with torch.autocast(device, enabled=False), torch._C.DisableTorchFunction():
             return TiledAttention.apply(q, k, v, shift, scale, block)
     # SDPA aligns is_causal top-left, so it is right for Tq == Tk only.
     blind = max(0, Tq - Tk) if causal else 0                # queries without keys: cut, then padded

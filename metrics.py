@@ -64,7 +64,9 @@ class Meter:
                   "tokens_per_s": self.tokens / seconds}
         if self.path is not None:
             with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                known = {key: value if math.isfinite(value) else None       # JSON has no NaN
+                         for key, value in record.items()}
+                file.write(json.dumps(known) + "\n")
         text = (f"step {step:5}/{self.steps}  loss {values['loss']:.4f}  "
                 f"norm {values['grad_norm']:5.2f}  {record['tokens_per_s']:7,.0f} tokens/s")
         if "val_loss" in values:

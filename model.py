@@ -93,7 +93,7 @@ class Config:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.hidden is None:                 # 8/3: three matrices as large as two of width 4 C
             exact = self.dim * (8 / 3 if self.mlp == "swiglu" else 4)
-            self.hidden = math.ceil(exact / 8) * 8              # hardware likes multiples of 8
+            self.hidden = math.ceil(exact / 16) * 16            # fp8 needs multiples of 16
         if self.hidden < 1:
             raise ValueError(f"hidden={self.hidden}: must be at least 1")
 

@@ -193,11 +193,15 @@ def column_parallel(x, *layers):
     one f for all. It reads their weights: forward hooks on them are not called."""
     check_dtype(x)
     group, split_tokens = layers[0].group, layers[0].sequence_parallel
+    # To the type of a product here, under autocast a lower one: once, before x travels, is kept.
+    x = x.to((x.new_empty(0, 1) @ x.new_empty(1, 0)).dtype)
     if tp_size(group) == 1:
-        return [F.linear(x, m.weight, m.bias) for m in layers]
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))   # before it travels, and is kept
-    outputs = ColumnProducts.apply(x, group, split_tokens, *(m.weight for m in layers))
+        return [m.product(x, m.weight, m.bias) for m in layers]
+    if all(m.product is F.linear for m in layers):
+        outputs = ColumnProducts.apply(x, group, split_tokens, *(m.weight for m in layers))
+    else:
+        x = (gather_from_sp if split_tokens else copy_to_tp)(x, group)
+        outputs = [m.product(x, m.weight) for m in layers]
     return [y if m.bias is None else y + m.bias.to(y.dtype) for m, y in zip(layers, outputs)]
 
 
@@ -205,13 +209,13 @@ class ColumnParallelLinear(nn.Linear):
     """(B, T, in) -> (B, T, out / n): this rank's rows of the weight (out, in) and of the bias.
 
     sequence_parallel: x is (B, t, in). heads: `out` is so many, each whole on a rank.
-    gather_output: -> (B, T, out)"""
+    gather_output: -> (B, T, out). product: what multiplies; another may be set (fp8: amp.py)."""
 
     def __init__(self, in_features, out_features, bias=True, *, group=None,
                  sequence_parallel=False, heads=None, gather_output=False):
         super().__init__(in_features, out_features, bias)
         self.group, self.sequence_parallel = group, sequence_parallel
-        self.gather_output = gather_output
+        self.gather_output, self.product = gather_output, F.linear
         self.weight = shard(self.weight, 0, group, heads)
         self.bias = shard(self.bias, 0, group, heads) if bias else None
 
@@ -228,12 +232,13 @@ class RowParallelLinear(nn.Linear):
                  sequence_parallel=False):
         super().__init__(in_features, out_features, bias)
         self.group, self.sequence_parallel = group, sequence_parallel
+        self.product = F.linear
         self.weight = shard(self.weight, 1, group)
 
     def forward(self, x):
         check_dtype(x)
         leave = reduce_to_sp if self.sequence_parallel else reduce_from_tp
-        z = leave(F.linear(x, self.weight), self.group)
+        z = leave(self.product(x, self.weight), self.group)
         return z if self.bias is None else z + self.bias.to(z.dtype)
 
 

@@ -7,6 +7,7 @@
     python train.py --nproc 2 --zero 3  the same, but a rank holds half the weights (see zero.py)
     python train.py --nproc 2 --tp 2    2 processes split every layer (see tp.py)
     python train.py --nproc 2 --pp 2    2 processes hold different layers (see pp.py)
+    python train.py --dtype bf16        multiply in 16 bits, where the hardware can (see amp.py)
     python train.py --resume            go on from the last checkpoint, with the run's own settings
     python train.py --objective mlm     masked (BERT) instead of causal (GPT) language modelling
 
@@ -18,6 +19,7 @@ one bit for bit, and any number of processes sees the same data.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -30,6 +32,7 @@ import torch
 import torch.distributed as dist
 
 import resume
+from amp import DynamicLossScaler, autocast, bf16_is_native, convert_to_float8
 from data import MASK, Windows, examples, standard_library, text_file
 from ddp import DDP
 from metrics import Meter, scores
@@ -44,6 +47,7 @@ SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "drop
 LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "pp", "schedule", "chunks", "device", "out",
           "resume")                                                     # not resumed
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def say(text):
@@ -91,6 +95,9 @@ class Trainer:
         if args.batch_size % parts:
             raise ValueError(f"--batch-size {args.batch_size} does not split into {parts} parts, "
                              f"data-parallel ranks x microbatches: pick a multiple of {parts}")
+        if args.dtype == "fp8" and args.batch_size // parts * args.seq_len % 16:
+            raise ValueError(f"--dtype fp8: {args.batch_size // parts} sequences of {args.seq_len} "
+                             f"bytes at a time: their product must be a multiple of 16")
         self.log = self.out / "metrics.jsonl"
         taken = self.out.is_file() or self.out.is_dir() and any(self.out.iterdir())
         if taken and not self.log.exists():
@@ -110,6 +117,16 @@ class Trainer:
         n = args.pp * args.chunks
         mine = range(pp_rank, n, args.pp)
         self.model = GPT(config, self.tp_group, args.sequence_parallel, (mine, n)).to(args.device)
+        low = LOW[args.dtype]
+        if low == torch.bfloat16 and not bf16_is_native(args.device):
+            say(f"note   no bf16 instruction on this {args.device}: what would be bf16 is fp32")
+            low = None
+        self.region = functools.partial(autocast, low) if low else contextlib.nullcontext
+        if args.dtype == "fp8":
+            convert_to_float8(self.model, skip=("head",))
+        self.scaler = DynamicLossScaler() if args.dtype == "fp16" else None
+        if self.scaler and args.scaler:             # of the checkpoint
+            self.scaler.load_state_dict(args.scaler)
         self.optimizers, trained_by = build_optimizers(self.model, args)
         self.zero = self.pipeline = None
         if args.pp > 1:
@@ -117,13 +134,15 @@ class Trainer:
                 return vocab_parallel_cross_entropy(logits, targets, self.tp_group)
             stages = [self.model.stage(i, n) for i in mine]
             ops = schedule(args.schedule, args.pp, self.microbatches, args.chunks)
-            self.pipeline = Pipeline(stages, ops, loss_of, self.pp_group)
+            self.pipeline = Pipeline(stages, ops, lambda *args: loss_of(*args) * self.scale,
+                                     self.pp_group)
             whole = schedule("naive", args.pp, 1, args.chunks)          # for any number of rows
             self.evaluation = Pipeline(stages, whole, loss_of, self.pp_group)
         self.step = self.load() if args.resume else 0
         if args.zero:
             state, [(_, peak)] = self.tensors(), self.optimizers
-            self.zero = Zero(self.model, args.zero, torch.optim.AdamW, dp_group, lr=peak, **ADAMW)
+            self.zero = Zero(self.model, args.zero, torch.optim.AdamW, dp_group, low, lr=peak,
+                             **ADAMW)
             self.zero.load_full_state_dict(state)
             self.optimizers = [(self.zero.optimizer, peak)]
         self.parallel = self.zero or DDP(self.model, dp_group)
@@ -142,6 +161,8 @@ class Trainer:
             f"T={args.seq_len}; {self.world} x {args.device}")
         say(f"data   {len(text):,} bytes to learn from, {len(val_text):,} to validate on")
         say(f"optim  {trained_by}")
+        if args.dtype != "fp32":
+            say(f"dtype  matrix products in {args.dtype}, optimizer and checkpoints in fp32")
 
     def tensors(self):
         """What a checkpoint holds of this rank, by names and shapes that no layout changes."""
@@ -188,12 +209,18 @@ class Trainer:
             mine = numbers[i:i + 32 * self.dp][self.dp_rank::self.dp]
             x, y = examples(self.val_windows, mine or numbers[:1], self.args.objective)
             x, y = x.to(self.args.device), y.to(self.args.device)           # on all ranks
-            loss = self.evaluation.evaluate(x, y) if self.pipeline else self.model(x, y)[1]
+            with self.region():
+                loss = self.evaluation.evaluate(x, y) if self.pipeline else self.model(x, y)[1]
             predicted = (y != -100).sum().item() if mine else 0
             nats, targets = nats + loss.item() * predicted, targets + predicted
         self.model.train()
         nats, targets = self.sum_over_ranks(nats, targets)
         return nats / targets
+
+    @property
+    def scale(self):
+        """What the loss is multiplied by before backward; the optimizer sees none of it."""
+        return self.scaler.get_scale() if self.scaler else 1.0
 
     def backward(self):
         """Gradients of the step's batch, mean over microbatches and ranks -> this rank's loss."""
@@ -213,20 +240,25 @@ class Trainer:
             last = i == self.microbatches - 1
             with contextlib.nullcontext() if last else self.parallel.no_sync():
                 loss = self.parallel(x.to(args.device), y.to(args.device))[1] / self.microbatches
+                loss = loss * self.scale
                 loss.backward()
             total = total + loss.detach()
         self.parallel.sync()
         if args.sequence_parallel:
             sum_replicated_grads(self.model, self.tp_group)
-        return total
+        return total / self.scale
 
     def update(self):
         """Clip, set the learning rate (linear warm-up times linear decay to zero), step -> norm."""
         clip, params = self.args.clip or math.inf, list(self.model.parameters())
         whole = self.pipeline.grad_norm if self.pipeline else lambda norm: norm
         if self.zero:
-            norm = self.zero.clip_grad_norm_(clip, whole=whole)
+            norm = self.zero.clip_grad_norm_(clip, self.scale, whole)
+            if self.scaler:
+                self.scaler.judge(self.zero, norm.isfinite())
         else:
+            for optimizer, _ in self.optimizers if self.scaler else []:
+                self.scaler.unscale_(optimizer)
             norm = whole(grad_norm(params, self.tp_group))
             torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
         warm = min(1, (self.step + 1) / max(1, self.args.warmup))
@@ -234,8 +266,13 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = peak * warm * (1 - self.step / self.args.steps)
         for steps in [self.zero] if self.zero else [optimizer for optimizer, _ in self.optimizers]:
-            steps.step()
+            self.scaler.step(steps) if self.scaler else steps.step()
             steps.zero_grad()
+        try:
+            if self.scaler:
+                self.scaler.update()
+        except FloatingPointError as problem:       # on all ranks
+            raise SystemExit(f"error: step {self.step}: {problem}")
         self.step += 1
         return norm
 
@@ -244,22 +281,27 @@ class Trainer:
         args = self.args
         while self.step < args.steps:
             with self.meter.timing():
-                loss, norm = self.backward(), self.update()
+                with self.region():
+                    loss = self.backward()
+                norm = self.update()
             log, check, keep = (self.step % every == 0 or self.step == args.steps
                                 for every in (args.log_every, args.eval_every, args.save_every))
             if not (log or check or keep):
                 continue
             loss, norm = self.sum_over_ranks(float(loss))[0] / self.world, float(norm)
-            if not math.isfinite(loss + norm):
+            if not (math.isfinite(loss + norm) or self.scaler):    # a scaler skips such steps
                 raise SystemExit(f"error: loss {loss}, gradient norm {norm} at step {self.step}: "
                                  f"lower --lr and start again")
             values = {"loss": loss, "grad_norm": norm,
                       "lr": self.optimizers[0][0].param_groups[0]["lr"]}
+            if self.scaler:
+                values["loss_scale"] = self.scale
             if check:
                 values |= scores(self.evaluate(None if self.step == args.steps else 100))
             line = self.meter.log(self.step, **values)
             if keep:
                 settings = {key: value for key, value in vars(args).items() if key not in LAYOUT}
+                settings["scaler"] = self.scaler and self.scaler.state_dict()
                 resume.save(self.out, self.step, self.tensors(), self.facts, settings)
             say(line)
 
@@ -328,6 +370,9 @@ def parse(argv):
     add("--seed", type=int, default=0)
     here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu", "mps"]
     add("--device", choices=here, default=here[0])
+    add("--dtype", choices=tuple(LOW), default="fp32", help="of matrix products; fp16 and fp8 are "
+        "emulated on a CPU, bf16 only used if it has the instruction")
+    parser.set_defaults(scaler=None)                # --resume: its state in the checkpoint
     add("--nproc", type=int, default=1, help="processes to start on this machine")
     add("--tp", type=int, default=1, help="processes that split every layer")
     add("--sequence-parallel", action="store_true", help="with --tp: norms, residual stream, too")
@@ -361,6 +406,9 @@ def parse(argv):
         raise ValueError("--tp goes without --zero, and --sequence-parallel with --tp only")
     if args.pp == 1 and (args.schedule != "1f1b" or args.chunks > 1):
         raise ValueError("--schedule and --chunks go with --pp only")
+    if args.dtype == "fp8" and args.schedule == "zb-h1":
+        raise ValueError("--dtype fp8 goes without --schedule zb-h1: only F.linear splits its "
+                         "backward; use 1f1b")
     if args.pp > 1 and args.zero > 1:
         raise ValueError("--pp goes with --zero 0 or 1: 2 and 3 send in every microbatch")
     return args
