@@ -50,7 +50,7 @@ LOW = set("""linear matmul __matmul__ __rmatmul__ mm mv bmm addmm addmv addbmm b
     chain_matmul multi_dot bilinear prelu conv1d conv2d conv3d conv_transpose1d conv_transpose2d
     conv_transpose3d scaled_dot_product_attention multi_head_attention_forward""".split())
 FLOAT32 = set("""softmax log_softmax softmin logsumexp softplus layer_norm rms_norm group_norm norm
-    vector_norm matrix_norm sum mean prod cumsum cumprod exp expm1 log log2 log10 log1p pow __pow__
+    vector_norm matrix_norm normalize sum mean prod cumsum cumprod exp expm1 log log2 log10 log1p pow __pow__
     __rpow__ reciprocal rsqrt tan sinh cosh asin acos erfinv dist cdist cosine_similarity renorm
     cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div poisson_nll_loss
     gaussian_nll_loss binary_cross_entropy binary_cross_entropy_with_logits hinge_embedding_loss
@@ -89,8 +89,8 @@ class Policy(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        asked = "out" in kwargs or kwargs.get("dtype") is not None      # the caller knows better
-        if self.dtype is None or self.shadowed or asked or name not in LOW | FLOAT32:
+        off = self.dtype is None or self.shadowed or kwargs.get("out") is not None
+        if off or name not in LOW | FLOAT32:
             return func(*args, **kwargs)
         if name in FLOAT32:
             return func(*tree_map(widen, args), **tree_map(widen, kwargs))

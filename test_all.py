@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import amp
 import data
 import ddp
 import flash_attn
@@ -3427,6 +3428,699 @@ def test_pp_prints_and_draws_any_schedule(tmp_path):
     assert run.returncode == 0 and "11.1% idle; makespan 27" in run.stdout, run.stdout + run.stderr
     assert pp.chart(pp.simulate(pp.schedule("zb-h1", 4, 8))) in run.stdout
     assert (tmp_path / "zb-h1-4x8.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ------------------------------------------------------------------ amp.py
+
+def amp_net(**kwargs):
+    torch.manual_seed(0)
+    return amp.Net(**kwargs)
+
+
+def check_autocast_policy(m):
+    """What each kind of op gives, called as a function, a method or an operator."""
+    full, weight = torch.randn(4, 16, 16, generator=seeded()), torch.rand(16, generator=seeded())
+    ids = torch.zeros(4, 16, dtype=torch.long)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = full.to(dtype)
+        with m.autocast(dtype):
+            products = [full @ low, torch.matmul(full, full), full.matmul(full), full[0].mm(full[0]),
+                        F.linear(full, full[0]), torch.einsum("bij,bjk->bik", full, full),
+                        F.scaled_dot_product_attention(full, full, low), torch.bmm(full, full),
+                        torch.baddbmm(full, full, full), F.conv1d(full, full[:, :, :3])]
+            assert all(y.dtype == dtype for y in products), [y.dtype for y in products]
+            exact = F.linear(full.to(dtype).double(), full[0].to(dtype).double())
+            close(products[4], exact.to(dtype), (1e-2 if dtype == torch.bfloat16 else 2e-3) * 16)
+            for op in (lambda x: x.softmax(-1), lambda x: F.layer_norm(x, (16,), weight),
+                       lambda x: F.rms_norm(x, (16,), weight), torch.sum, torch.Tensor.mean,
+                       lambda x: x ** 3, torch.exp, lambda x: F.cross_entropy(x, ids),
+                       lambda x: F.mse_loss(x, x * 0), lambda x: x.norm(), F.normalize):
+                with m.autocast(dtype, enabled=False):
+                    want = op(low.float())
+                assert op(low).dtype == torch.float32 and torch.equal(op(low), want), op
+            assert (full + low).dtype == torch.cat([full, low]).dtype == torch.float32
+            assert F.gelu(low).dtype == (low * 2).dtype == dtype and F.gelu(full) is not None
+            assert F.linear(full.double(), full[0].double()).dtype == torch.float64
+            assert (ids[0] @ ids[0]).dtype == torch.int64
+            assert low.sum(dtype=dtype).dtype == torch.softmax(low, -1, dtype=dtype).dtype == dtype
+            out = torch.empty(4, 16, 16)
+            assert torch.matmul(full, full, out=out) is out and out.dtype == torch.float32
+            attention = nn.MultiheadAttention(16, 2, batch_first=True)
+            assert attention(full, full, full)[0].dtype == dtype
+        assert (full @ full).dtype == torch.float32
+
+
+def test_amp_autocast_casts_each_op_as_its_kind_demands():
+    check_autocast_policy(amp)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("x.dtype not in FLOATS or", "x.dtype in (torch.int64,) or"),
+    ('self.shadowed or kwargs.get("out") is not None', "self.shadowed"),
+    ("layer_norm rms_norm", "layer_norm"), ("return x.float() if low else x", "return x")])
+def test_amp_the_policy_check_notices(line, broken):
+    assert_caught(check_autocast_policy, mutant("amp", line, broken))
+
+
+def check_autocast_equals_torchs(m):
+    """Bit for bit on GPT-2 and the encoder of 2017; with q and k normed (torch: in bf16, here in
+    fp32) no farther from float32 than torch is."""
+    ids = torch.randint(0, 11, (2, 16), generator=seeded())
+    gpt2 = dict(norm="layernorm", position="learned", mlp="gelu", qk_norm=False, bias=True)
+    for changes in (gpt2, {**OLD, "causal": False, "position": "sinusoidal"}, {}):
+        results = []
+        for region in (contextlib.nullcontext(), m.autocast(torch.bfloat16),
+                       torch.autocast("cpu", torch.bfloat16)):
+            gpt = make(**changes).float()
+            with region:
+                logits, loss = gpt(ids, ids)
+            loss.backward()
+            results.append([logits, loss, *(p.grad for p in gpt.parameters())])
+        exact, ours, torchs = results
+        assert ours[0].dtype == torchs[0].dtype == torch.bfloat16 and ours[1].dtype == torch.float32
+        if changes:
+            for a, b in zip(ours, torchs):
+                assert torch.equal(a, b), f"{changes}: differs by {(a - b).abs().max()}"
+        whole = torch.cat([t.flatten() for t in exact])
+        errors = [((torch.cat([t.flatten() for t in way]) - whole).norm() / whole.norm()).item()
+                  for way in (ours, torchs)]
+        assert errors[0] < 0.02 and errors[0] <= 1.1 * errors[1], errors
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")                # torch's rms_norm in bf16
+def test_amp_autocast_equals_torchs_on_the_gpt():
+    check_autocast_equals_torchs(amp)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_amp_the_gpt_check_notices_a_product_in_fp32():
+    assert_caught(check_autocast_equals_torchs, mutant(
+        "amp", "args, kwargs = tree_map(self.cast, (args, kwargs))", "pass"))
+
+
+def check_autocast_fp16_on_a_cpu(m):
+    """Rounded operands, exact products, sums in fp32, one rounding: what torch's kernel gives."""
+    for shape in ((16, 64, 32), (3, 5, 7)):
+        a = torch.randn(shape[0], shape[1], generator=seeded(), requires_grad=True)
+        w = torch.randn(shape[2], shape[1], generator=seeded(1), requires_grad=True)
+        with m.autocast(torch.float16):
+            y = F.linear(a, w)
+        assert y.dtype == torch.float16
+        g = torch.randn(y.shape, generator=seeded(2)).half()
+        y.backward(g)
+        ah, wh, gd = (t.detach().half().double() for t in (a, w, g))
+        for got, want in ((y, ah @ wh.T), (a.grad, gd @ wh), (w.grad, gd.T @ ah)):
+            assert got.dtype == (torch.float16 if got is y else torch.float32)
+            close(got, want.half(), 2e-2 if got is y else 2e-2, "fp16")
+            assert torch.equal(got.half().float(), got.float()), "not rounded to fp16"
+    with m.autocast(torch.float16):
+        assert (torch.full((1, 1), 300.0) @ torch.full((1, 1), 300.0)).isinf(), "fp16 ends at 65504"
+        y = F.linear(torch.tensor([[2.0 ** -13]]), torch.tensor([[2.0 ** -13]]))
+    assert y == 0, "2^-26 is below fp16"
+
+
+def test_amp_autocast_fp16_on_a_cpu_rounds_as_a_gpu_does():
+    check_autocast_fp16_on_a_cpu(amp)
+    assert_caught(check_autocast_fp16_on_a_cpu, mutant(
+        "amp", "return tree_map(self.cast, func(*args, **kwargs))", "return func(*args, **kwargs)"))
+
+
+def check_autocast_casts_weights_once(m):
+    layer, x = nn.Linear(16, 16, bias=False), torch.randn(4, 16, generator=seeded())
+    casts, cast = [], torch.Tensor.to
+    plain = layer.weight.detach().clone()
+
+    def counted(t, *args, **kwargs):
+        casts.append(t is layer.weight)
+        return cast(t, *args, **kwargs)
+
+    with mock.patch.object(torch.Tensor, "to", counted), m.autocast(torch.bfloat16):
+        for _ in range(3):                              # three microbatches of a step
+            layer(x).float().sum().backward()
+        with m.autocast(torch.bfloat16):
+            layer(x)
+        assert sum(casts) == 1, f"cast {sum(casts)} times"
+        with torch.no_grad():
+            layer(x)
+        assert layer(x).requires_grad and sum(casts) == 2
+        three = layer.weight.grad.clone()
+        before = layer(x)
+        with torch.no_grad():
+            layer.weight += 1                           # an optimizer's step inside the region
+        changed = (layer(x) - before).abs().max()
+        assert changed > 0.1, "the cast of an earlier weight"
+    one = nn.Linear(16, 16, bias=False)
+    one.weight.data.copy_(plain)
+    with m.autocast(torch.bfloat16):
+        y = one(x)
+    y.float().sum().backward()
+    close(three, 3 * one.weight.grad, 1e-6, "gradients of three backwards through one cast")
+
+
+def test_amp_autocast_casts_a_weight_once_a_step_and_again_when_it_changed():
+    check_autocast_casts_weights_once(amp)
+
+
+@pytest.mark.parametrize("line, broken", [
+    (" or self.casts[key][1] != x._version", ""),
+    ("self.dtype, torch.is_grad_enabled()    #", "self.dtype    #"),
+    ("around[0].casts if around else {}", "{}"),
+    ("if not (x.is_leaf and x.requires_grad):", "if True:")])
+def test_amp_the_cast_check_notices(line, broken):
+    assert_caught(check_autocast_casts_weights_once, mutant("amp", line, broken))
+
+
+def check_autocast_regions_nest(m):
+    x, half, brain = torch.ones(2, 2), torch.float16, torch.bfloat16
+    with m.autocast(brain):
+        with m.autocast(half):
+            assert (x @ x).dtype == half, "the innermost decides"
+            with m.autocast(brain, enabled=False):
+                assert (x @ x).dtype == torch.float32 and x.half().sum().dtype == half
+                with m.autocast(brain):
+                    assert (x @ x).dtype == brain
+        with pytest.raises(KeyError), m.autocast(half):
+            raise KeyError
+        assert (x @ x).dtype == brain, "an inner region, left by an exception, still decides"
+    assert (x @ x).dtype == torch.float32
+
+    @m.autocast(half)
+    def product(n):
+        return x @ x if n == 0 else product(n - 1)
+
+    assert product(0).dtype == product(2).dtype == half and (x @ x).dtype == torch.float32
+
+
+def test_amp_autocast_regions_nest_and_decorate():
+    check_autocast_regions_nest(amp)
+    assert_caught(check_autocast_regions_nest, mutant("amp", "mode.shadowed += 1", "pass"))
+    assert_caught(check_autocast_regions_nest, mutant("amp", "mode.shadowed -= 1", "pass"))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_amp_autocast_works_under_recomputation(reentrant):
+    """In a checkpointed function the region is opened inside it, or given as torch's context_fn."""
+    x = torch.randn(3, 8, 64, generator=seeded(), requires_grad=True)
+    results = []
+    for way in ("plain", "inside", *(() if reentrant else ("context_fn",))):
+        block = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+        with torch.no_grad():
+            for i, p in enumerate(block.parameters()):
+                p.copy_(torch.randn(p.shape, generator=seeded(i)) / 8)
+        if way == "plain":
+            with amp.autocast(torch.bfloat16):
+                y = block(x)
+        elif way == "inside":
+            y = torch_checkpoint(amp.autocast(torch.bfloat16)(block), x, use_reentrant=reentrant)
+        else:
+            with amp.autocast(torch.bfloat16):
+                y = torch_checkpoint(block, x, use_reentrant=False, context_fn=lambda: (
+                    contextlib.nullcontext(), amp.autocast(torch.bfloat16)))
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in block.parameters())])
+        x.grad = None
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def check_attention_under_autocast(m):
+    """flash_attention takes q and k in fp32 beside a bf16 v; its own tiles stay in fp32."""
+    q, k, v = torch.randn(3, 1, 2, 40, 16, generator=seeded())
+    low = [x.bfloat16().double() for x in (q, k, v)]
+    want = m.attention_reference(*low)
+    for backend in ("torch", "sdpa"):
+        with amp.autocast(torch.bfloat16):
+            o = m.flash_attention(q, k, v.bfloat16(), backend=backend, block=16)
+        assert o.dtype == torch.bfloat16
+        error = ((o.double() - want).norm() / want.norm()).item()
+        assert error < (2.2e-3 if backend == "torch" else 8e-3), f"{backend}: {error:.1e}"
+
+
+def test_amp_autocast_leaves_the_tiles_of_attention_in_fp32():
+    check_attention_under_autocast(flash_attn)
+    assert_caught(check_attention_under_autocast, mutant(
+        "flash_attn", "with torch.autocast(device, enabled=False), torch._C.DisableTorchFunction():",
+        "with torch.autocast(device, enabled=False):"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn, None, "bf16"])
+def test_amp_autocast_refuses_other_types(dtype):
+    with pytest.raises(ValueError, match="pick torch.bfloat16 or torch.float16"):
+        with amp.autocast(dtype):
+            pass
+
+
+def overflowing(rate, rows, generator):
+    """A gradient of three; at `rate` one of them is inf or NaN."""
+    grad = torch.randn(rows, generator=generator)
+    if torch.rand((), generator=generator) < rate:
+        grad[1] = [math.inf, -math.inf, math.nan][torch.randint(3, (), generator=generator)]
+    return grad
+
+
+def check_scaler_equals_torchs(m):
+    """Scale, growth counter and weights after each of 300 steps, for several settings; each goes on
+    from the other's state_dict."""
+    for growth, backoff, interval, rate in ((2.0, 0.5, 7, 0.1), (1.5, 0.75, 3, 0.3), (4.0, 0.25, 1,
+                                                                                     0.6)):
+        settings = dict(growth_factor=growth, backoff_factor=backoff, growth_interval=interval)
+        theirs = torch.amp.GradScaler("cpu", 2.0**16, **settings)
+        ours = m.DynamicLossScaler(2.0**16, **settings, min_scale=0.0, max_scale=math.inf)
+        generator, weights, optimizers = seeded(1), [], []
+        for _ in range(2):
+            weights.append(nn.Parameter(torch.ones(3)))
+            optimizers.append(torch.optim.AdamW([weights[-1]], 0.01))
+        for step in range(300):
+            grad = overflowing(rate, 3, generator)
+            for scaler, w, optimizer in zip((theirs, ours), weights, optimizers):
+                scaler.scale((w * grad).sum()).backward()
+                if step % 2:
+                    scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+            want, got = theirs.state_dict(), ours.state_dict()
+            assert set(got) == set(want)
+            for key in want:
+                assert abs(got[key] / (want[key] or 1) - (want[key] != 0)) < 1e-5, (step, key)
+            assert weights[1].isfinite().all(), f"step {step}: a weight is NaN"
+            close(weights[1], weights[0], 1e-6, f"weights after step {step}")
+            if step == 150:
+                ours.load_state_dict(theirs.state_dict())
+                theirs.load_state_dict(ours.state_dict())
+
+
+def test_amp_the_scale_and_the_skipped_steps_are_those_of_torchs_grad_scaler():
+    check_scaler_equals_torchs(amp)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("return optimizer.step(*args, **kwargs) if all(self.finite.values()) else None",
+     "return optimizer.step(*args, **kwargs)"),                             # no skip
+    ("            g.mul_(1 / self.value)\n", "            pass\n"),
+    ("self.growth_tracker = self.growth_tracker + 1 if good else 0", "self.growth_tracker += good"),
+    ("self.value *= self.backoff_factor", "self.value *= 0.5"),
+    ("            self.growth_tracker = 0\n        if self", "        if self"),
+    ("self.finite, self.stepped = {}, set()\n        self.adapt", "self.adapt")])
+def test_amp_the_scaler_check_notices(line, broken):
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_scaler_equals_torchs(mutant("amp", line, broken))
+
+
+def test_amp_a_scale_that_dies_is_an_error_and_a_growing_one_ends():
+    w = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([w], 0.1)
+
+    def steps(scaler, bad, count):
+        for _ in range(count):
+            w.grad = torch.full((2,), math.inf if bad else 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+
+    scaler = amp.DynamicLossScaler(growth_interval=1)
+    steps(scaler, False, 40)
+    assert scaler.get_scale() == 2.0**24
+    steps(scaler, True, 24)
+    before = w.detach().clone()
+    with pytest.raises(FloatingPointError, match="the scale fell to 0.5, below min_scale=1"):
+        steps(scaler, True, 1)
+    fixed = amp.LossScaler(8.0, patience=3)
+    steps(fixed, True, 2)
+    steps(fixed, False, 1)
+    steps(fixed, True, 2)
+    with pytest.raises(FloatingPointError, match="3 steps in a row without finite gradients"):
+        steps(fixed, True, 1)
+    assert fixed.get_scale() == 8 and torch.equal(w, before - 0.1 / 8)
+
+
+def test_amp_scalers_step_all_optimizers_or_none_and_refuse_misuse():
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    one, two, scaler = torch.optim.SGD([a], 0.1), torch.optim.SGD([b], 0.1), amp.LossScaler(4.0)
+    a.grad, b.grad = torch.ones(2), torch.full((2,), math.nan)
+    for optimizer in (one, two):
+        scaler.unscale_(optimizer)
+    assert scaler.step(one) is None and scaler.step(two) is None and not scaler.update()
+    assert torch.equal(a, torch.ones(2)) and torch.equal(b, a), "stepped beside an overflow"
+    with pytest.raises(RuntimeError, match="no gradient was looked at"):
+        scaler.update()
+    scaler.unscale_(one)
+    with pytest.raises(RuntimeError, match="unscale_.. twice"):
+        scaler.unscale_(one)
+    scaler.step(one)
+    with pytest.raises(RuntimeError, match="step.. twice"):
+        scaler.step(one)
+    loss = scaler.scale(torch.tensor(60000.0, dtype=torch.float16))
+    assert loss == 240000 and loss.dtype == torch.float32
+    with pytest.raises(ValueError, match="scaled by 4 already"):
+        scaler.scale(loss)
+    with pytest.raises(ValueError, match="loss is torch.int64: give a tensor of floating-point"):
+        scaler.scale(torch.tensor(3))
+    with pytest.raises(ValueError, match="loss is <class 'float'>"):
+        scaler.scale(3.0)
+    half = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    half.grad = torch.ones_like(half)
+    with pytest.raises(ValueError, match="gradients in fp16.*MasterWeights"):
+        amp.LossScaler().unscale_(torch.optim.SGD([half], 0.1))
+    for wrong in (dict(init_scale=0.0), dict(init_scale=math.inf), dict(growth_factor=1.0),
+                  dict(backoff_factor=1.0), dict(growth_interval=0), dict(init_scale=2.0**30)):
+        with pytest.raises(ValueError):
+            amp.DynamicLossScaler(**wrong)
+
+
+def _scaler_on_ranks(change, how):
+    """Only the last rank overflows, in step 1; the first has no gradient at all in step 2."""
+    m = mutant("amp", *change) if change else amp
+    rank, n = dist.get_rank(), dist.get_world_size()
+    w = nn.Parameter(torch.ones(3, dtype=torch.float16 if how == "master" else torch.float32))
+    scaler = m.DynamicLossScaler(2.0**10, growth_interval=2)
+    optimizer = (m.MasterWeights(torch.optim.SGD, [w], lr=1.0) if how == "master" else
+                 torch.optim.SGD([w], 1.0))
+    seen = []
+    for step in range(4):
+        bad, none = step == 1 and rank == n - 1, step == 2 and rank == 0
+        w.grad = None if none else torch.full_like(w, math.inf if bad else 2.0**7)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append((scaler.get_scale(), w[0].item()))
+    return seen
+
+
+@pytest.mark.parametrize("how", ["plain", "master"])
+def test_amp_an_overflow_on_one_rank_skips_the_step_on_all(ranks, how):
+    for n in (1, 3):
+        results = ranks.run(_scaler_on_ranks, n, None, how)
+        for rank, seen in enumerate(results):
+            assert [scale for scale, _ in seen] == [1024, 512, 512, 1024]
+            weights = [w for _, w in seen]
+            assert weights[:2] == [0.875, 0.875], f"rank {rank} stepped beside an overflow"
+            assert weights[2:] == ([0.875, 0.625] if rank == 0 else [0.625, 0.375])
+
+
+def test_amp_the_rank_check_notices_a_flag_that_stays_at_home(ranks):
+    change = ("dist.all_reduce(finite, dist.ReduceOp.MIN, group=self.group)", "pass")
+    results = ranks.run(_scaler_on_ranks, 2, change, "plain")
+    assert results[0] != results[1] and results[0][1][1] != 0.875
+
+
+def check_masters(m):
+    """Masters are what a float32 optimizer would have, given the same gradients; parameters are
+    their roundings; scaled gradients are divided in float32."""
+    for dtype in (torch.float16, torch.bfloat16):
+        for optimizer_cls, settings in ((torch.optim.AdamW, {"betas": (0.9, 0.95)}),
+                                        (torch.optim.SGD, {"momentum": 0.9})):
+            start = [torch.randn(shape, generator=seeded(i)) for i, shape in
+                     enumerate([(5, 3), (7,), (2, 2)])]
+            params = [nn.Parameter(t.to(dtype)) for t in start[:2]] + [nn.Parameter(start[2])]
+            wide = [nn.Parameter(p.detach().float()) for p in params]
+            groups = [{"params": params[:1], "lr": 0.3}, {"params": params[1:]}]
+            ours = m.MasterWeights(optimizer_cls, groups, lr=0.1, **settings)
+            want = optimizer_cls([{"params": wide[:1], "lr": 0.3}, {"params": wide[1:]}], lr=0.1,
+                                 **settings)
+            scaler = m.LossScaler(2.0**16)
+            for step in range(4):
+                for i, (p, q) in enumerate(zip(params, wide)):
+                    if step == 2 and i == 1:
+                        continue                # no gradient: not stepped
+                    small = torch.randn(p.shape, generator=seeded(7 * step + i)) * 2.0**-22
+                    p.grad = (small * 2**16).to(p.dtype)
+                    q.grad = p.grad.float() / 2**16
+                scaler.unscale_(ours)
+                norm = ours.clip_grad_norm_(2.0**-21)
+                close(norm / 2.0**-22, nn.utils.clip_grad_norm_(wide, 2.0**-21) / 2.0**-22, 1e-4)
+                scaler.step(ours)
+                scaler.update()
+                want.step()
+                for optimizer in (ours, want):
+                    optimizer.zero_grad()
+                for group in ours.param_groups + want.param_groups:
+                    group["lr"] *= 0.9
+            masters = [group["params"][0] for group in ours.param_groups]
+            for p, master, q in zip(params, masters, wide):
+                assert master.dtype == torch.float32 and (master is p) == (p is params[2])
+                close(master, q, 1e-6, f"{dtype} {optimizer_cls.__name__}")
+                assert torch.equal(p, master.to(p.dtype))
+
+
+def test_amp_masters_are_stepped_in_fp32_and_unscaled_there():
+    check_masters(amp)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("master.grad = grad.float() * self.factor", "master.grad = (grad * self.factor).float()"),
+    ("self.factor *= min(1.0, max_norm", "self.factor = min(1.0, max_norm"),
+    ("master = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())",
+     "master = p")])
+def test_amp_the_master_check_notices(line, broken):
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_masters(mutant("amp", line, broken))
+
+
+def check_stochastic_rounding(m):
+    """A value between two bf16 numbers becomes one of them, on average itself, the same for one
+    seed; exact ones stay."""
+    def rounded(value, seed=0):
+        p = nn.Parameter(torch.zeros(40_000, dtype=torch.bfloat16))
+        way = m.MasterWeights(torch.optim.SGD, [p], stochastic_rounding=True, seed=seed, lr=1.0)
+        bits = value if isinstance(value, int) else torch.tensor(value).view(torch.int32).item()
+        wide = torch.full(p.shape, bits, dtype=torch.int32).view(torch.float32)
+        return way._round(wide).bfloat16().double()
+
+    for value in (1.002, -1.002, 3.3e-5, -7.77, 1e-30):
+        got, want = rounded(value), torch.tensor(value, dtype=torch.float32).double()
+        ends = got.unique()
+        step = torch.tensor(2.0 ** (math.frexp(value)[1] - 8)).double()
+        assert len(ends) == 2 and ends[0] < want < ends[1] and ends[1] - ends[0] <= step, ends
+        close(got.mean() / step, want / step, 0.012, f"mean of {value}")    # 5 sigma: 0.0125
+    assert (rounded(1.5) == 1.5).all() and (rounded(0.0) == 0).all()
+    assert torch.equal(rounded(1.002), rounded(1.002)) and rounded(math.inf).isinf().all()
+    assert not torch.equal(rounded(1.002), rounded(1.002, seed=1))
+    assert rounded(0x7FFFFFFF).isnan().all(), "a NaN became a number"
+
+
+def test_amp_stochastic_rounding_is_right_on_average():
+    check_stochastic_rounding(amp)
+    for line, broken in (("torch.randint(0, 1 << 16, bits.shape",
+                          "torch.randint(0, 1 << 15, bits.shape"),
+                         ("rounded.where(master.isfinite(), master)", "rounded")):
+        assert_caught(check_stochastic_rounding, mutant("amp", line, broken))
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_amp_masters_resume_bit_for_bit(stochastic):
+    def build():
+        layer = amp_net(layers=1).bfloat16()
+        return layer, amp.MasterWeights(torch.optim.AdamW, layer.parameters(), stochastic, lr=0.01)
+
+    def steps(layer, optimizer, first, last):
+        for i in range(first, last):
+            for j, p in enumerate(layer.parameters()):
+                p.grad = torch.randn(p.shape, generator=seeded(100 * i + j)).bfloat16()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    (layer, optimizer), (again, other) = build(), build()
+    steps(layer, optimizer, 0, 3)
+    state = pickle.loads(pickle.dumps((layer.state_dict(), optimizer.state_dict())))
+    steps(layer, optimizer, 3, 6)
+    again.load_state_dict(state[0])
+    other.load_state_dict(state[1])
+    steps(again, other, 3, 6)
+    for a, b in zip(layer.parameters(), again.parameters()):
+        assert torch.equal(a, b)
+    if not stochastic:
+        with pytest.raises(ValueError, match="other parameters"):
+            amp.MasterWeights(torch.optim.SGD, [nn.Parameter(torch.ones(3).bfloat16())],
+                              lr=1.0).load_state_dict(state[1])
+
+
+def test_amp_masters_refuse_what_cannot_be_trained():
+    for p, stochastic, message in (
+            (torch.ones(2, dtype=torch.int64), False, "parameter of torch.int64"),
+            (torch.ones(2, dtype=torch.float64), False, "parameter of torch.float64"),
+            (torch.ones(2, dtype=torch.float16), True, "torch.float16: give bfloat16 or float32$")):
+        with pytest.raises(ValueError, match=message):
+            amp.MasterWeights(torch.optim.SGD, [p], stochastic, lr=1.0)
+    with pytest.raises(ValueError, match="no parameters"):
+        amp.MasterWeights(torch.optim.SGD, [], lr=1.0)
+
+
+def check_float8(m):
+    """All three products within the bound that the formats' rounding implies, for each scaling."""
+    for scaling in ("dynamic", "delayed", "rowwise"):
+        for shape, out, size in (((64,), 48, 1.0), ((2, 16), 16, 1e-20), ((4, 4, 32), 64, 1e15)):
+            x = (torch.randn(*shape, 32, generator=seeded()) * size).requires_grad_()
+            layer = m.Float8Linear(32, out, scaling=scaling)
+            y = layer(x)
+            g = torch.randn(y.shape, generator=seeded(1))
+            y.backward(g)
+            a, b, w = x.detach().flatten(0, -2), g.flatten(0, -2), layer.weight.detach()
+            exact = a.double() @ w.double().T + layer.bias.double(), b.double() @ w.double(), \
+                b.double().T @ a.double()
+            bounds = amp.bound(a, w.T, amp.E4M3), amp.bound(b, w, amp.E5M2), amp.bound(b.T, a,
+                                                                                     amp.E5M2)
+            for got, want, most in zip((y, x.grad, layer.weight.grad), exact, bounds):
+                assert got.dtype == torch.float32
+                error = (got.flatten(0, -2) if got.dim() > 2 else got) - want
+                ratio = (error.abs() / (most + 1e-6 * want.abs())).max().item()
+                assert ratio <= 1, f"{scaling}: {ratio:.1f} times the bound"
+            close(layer.bias.grad, b.sum(0), 1e-4, "bias")
+
+
+def test_amp_float8_linear_errs_within_the_bound_of_its_formats():
+    check_float8(amp)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("scale = end / most.clamp(min=1e-30)", "scale = end / most.clamp(min=1e-3)"),
+    ("return x8, 1 / scale + 0 * most", "return x8, 1 / scale.round()"),
+    ("dx = matmul8(g, weight, x.dtype, E5M2, most_g, most_w)",
+     "dx = matmul8(g, weight, x.dtype, E5M2, most_w, most_w)"),
+    ("dw = matmul8(g.t(), x, weight.dtype, E5M2, most_g, most_x)",
+     "dw = matmul8(g.t(), x, weight.dtype, E5M2, most_g, most_w)")])
+def test_amp_the_float8_check_notices(line, broken):
+    assert_caught(check_float8, mutant("amp", line, broken))
+
+
+def test_amp_float8_products_equal_torchs_scaled_mm():
+    a, b = torch.randn(32, 64, generator=seeded()), torch.randn(64, 48, generator=seeded(1))
+    for dtype in (amp.E4M3, amp.E5M2):
+        scaled = [amp.quantize(t, kind, t.abs().max()) for t, kind in ((a, dtype), (b, amp.E4M3))]
+        (a8, inverse_a), (b8, inverse_b) = scaled
+        assert a8.float().abs().max() == torch.finfo(dtype).max, "the range is not used"
+        for out_dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+            want = amp.matmul8_units(a8, b8, out_dtype, inverse_a, inverse_b, fast=False)
+            got = amp.matmul8(a, b, out_dtype, dtype, a.abs().max(), b.abs().max())
+            assert got.dtype == want.dtype == out_dtype
+            close(got, want, limit * want.abs().max().item(), f"{dtype} {out_dtype}")
+
+
+def test_amp_float8_special_values_autocast_and_delayed_scales():
+    layer, x = amp.Float8Linear(16, 32, bias=False), torch.randn(16, 16, generator=seeded())
+    with torch.no_grad():
+        assert (layer(torch.zeros(3, 16)) == 0).all(), "zeros, and any number of rows"
+        for bad in (math.inf, math.nan):
+            spoiled = x.clone()
+            spoiled[3, 5] = bad
+            assert not layer(spoiled)[3].isfinite().any(), "hidden by the clamp"
+    for region in (amp.autocast(torch.bfloat16), torch.autocast("cpu", torch.bfloat16)):
+        with region:
+            assert layer(x).dtype == torch.bfloat16
+    layer.product = amp.Float8("delayed")
+    first = layer(x)
+    history = layer.product.history
+    assert history[0, 0] == x.abs().max() and (history[:, 1:] == 0).all()
+    y = layer(3 * x)                            # beyond what it has seen: saturates, no NaN
+    assert y.isfinite().all() and (y - 3 * first).abs().max() > 1e-2
+    close(layer(3 * x), 3 * first, 0.3, "the third call knows the range")
+    assert "product.history" in layer.state_dict()
+    compiled = torch.compile(amp.Float8Linear(32, 16), backend="aot_eager", fullgraph=True)
+    compiled(torch.ones(16, 32, requires_grad=True)).sum().backward()
+
+
+def test_amp_convert_to_float8_keeps_parameters_and_refuses_what_does_not_fit():
+    model = nn.ModuleDict({"a": nn.Linear(16, 32), "b": nn.Sequential(nn.Linear(32, 32), nn.GELU()),
+                           "head": nn.Linear(32, 7)})
+    before = list(model.parameters())
+    with pytest.raises(ValueError, match="head has a weight of .7, 32.: fp8 needs multiples of 16"):
+        amp.convert_to_float8(model)
+    assert type(model["a"]) is nn.Linear, "changed, then refused"
+    assert amp.convert_to_float8(model, skip=("head", "x*")) == ["a", "b.0"]
+    assert type(model["b"][0]) is amp.Float8Linear and type(model["head"]) is nn.Linear
+    assert all(p is q for p, q in zip(before, model.parameters(), strict=True))
+    assert copy.deepcopy(model)["a"](torch.ones(16, 16)).shape == (16, 32)
+
+    class Own(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match="own is a Own, which multiplies in its own way"):
+        amp.convert_to_float8(nn.ModuleDict({"own": Own(16, 16)}))
+    for layer, x, message in ((model["a"], torch.ones(3, 16), "3 rows times a weight of .32, 16."),
+                              (amp.Float8Linear(8, 16), torch.ones(16, 8), "multiples of 16; pad")):
+        with pytest.raises(ValueError, match=message):
+            layer(x)
+    with pytest.raises(ValueError, match="scaling='blockwise': pick dynamic"):
+        amp.Float8("blockwise")
+    gpt = GPT(Config(**{**SMALL, "dim": 32, "hidden": 32}))
+    assert len(amp.convert_to_float8(gpt, skip=("head",))) == 2 * 7
+    assert gpt(torch.zeros(1, 16, dtype=torch.long))[0].isfinite().all()
+
+
+def _products_on_ranks(change=None):
+    """A product of one's own in the parallel layers: exact; fp8 as that: within fp8's error."""
+    m, group = tp_version(change), dist.group.WORLD
+    x = torch.randn(2, 16, 64, generator=seeded(), dtype=torch.float64)
+    n = dist.get_world_size()
+
+    def double(x, weight, bias=None):           # such as fp8: not F.linear, so not ColumnProducts
+        return F.linear(x, weight, bias)
+
+    for product, limit in ((double, 1e-13), ("fp8", 0.1)):
+        grads = []
+        for split, tokens in ((None, False), (group, False), (group, True)):
+            torch.manual_seed(0)
+            shape = dict(group=split, sequence_parallel=tokens)
+            layers = nn.ModuleList([m.ColumnParallelLinear(64, 64, **shape),
+                                    m.ColumnParallelLinear(64, 64, **shape),
+                                    m.RowParallelLinear(64, 64, **shape)]).double()
+            if product == "fp8" and split is not None:
+                assert len(amp.convert_to_float8(layers.float())) == 3
+            for layer in layers if product is double else []:
+                layer.product = product
+            part = x.chunk(n, 1)[dist.get_rank()] if tokens else x
+            part = part.to(layers[0].weight.dtype, copy=True).requires_grad_()
+            a, b = m.column_parallel(part, *layers[:2])
+            layers[2](F.gelu(a) * b).square().sum().backward()
+            dx = part.grad
+            if tokens:
+                m.sum_replicated_grads(layers, split)
+                dx = m.collective("all-gather", dx, 1, split)()
+            grads.append([dx, *(m.unshard(p, split, p.grad) for p in layers.parameters())])
+        for found in grads[1:]:
+            for got, want in zip(found, grads[0], strict=True):
+                error = ((got - want).norm() / want.norm()).item()
+                assert error < limit, f"products: error {error:.1e} > {limit}"
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_amp_float8_and_any_other_product_work_in_parallel_layers(ranks, n):
+    ranks.run(_products_on_ranks, n)
+
+
+def test_amp_the_product_check_notices_a_missing_f(ranks):
+    with pytest.raises(AssertionError, match="products: error"):
+        ranks.run(_products_on_ranks, 2, (
+            "x = (gather_from_sp if split_tokens else copy_to_tp)(x, group)", "x = x"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_amp_on_a_gpu():
+    """autocast = torch.autocast, bit for bit; fp8 units = the emulation, up to their sums."""
+    batch = [t.cuda() for t in amp.batches(1)[0]]
+    for dtype in (torch.bfloat16, torch.float16):
+        results = []
+        for region in (amp.autocast(dtype), torch.autocast("cuda", dtype)):
+            model = amp_net().cuda()
+            with region:
+                loss = model(*batch)
+            loss.backward()
+            results.append([loss, *(p.grad for p in model.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 units")
+    x, g = (torch.randn(256, 512, generator=seeded(i)) for i in range(2))
+    for scaling in ("dynamic", "delayed", "rowwise"):
+        results = []
+        for device in ("cpu", "cuda"):
+            torch.manual_seed(0)
+            layer = amp.Float8Linear(512, 512, scaling=scaling).to(device, torch.bfloat16)
+            own = x.to(device, torch.bfloat16).requires_grad_()
+            layer(own).backward(g.to(device, torch.bfloat16))
+            results.append([own.grad.cpu(), layer.weight.grad.cpu(), layer(own).cpu()])
+        for got, want in zip(*results):
+            assert ((got - want).norm() / want.norm()).item() < 1e-2
 
 
 # ------------------------------------------------------------------ data.py
