@@ -44,18 +44,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 FLOATS = torch.float32, torch.bfloat16, torch.float16
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# What a region does with an op, by its name; other ops follow torch's own promotion of their
-# inputs. torch.autocast's lists for CUDA, and rms_norm and mean.
-LOW = set("""linear matmul __matmul__ __rmatmul__ mm mv bmm addmm addmv addbmm baddbmm einsum
-    chain_matmul multi_dot bilinear prelu conv1d conv2d conv3d conv_transpose1d conv_transpose2d
-    conv_transpose3d scaled_dot_product_attention multi_head_attention_forward""".split())
-FLOAT32 = set("""softmax log_softmax softmin logsumexp softplus layer_norm rms_norm group_norm norm
-    vector_norm matrix_norm normalize sum mean prod cumsum cumprod exp expm1 log log2 log10 log1p pow __pow__
-    __rpow__ reciprocal rsqrt tan sinh cosh asin acos erfinv dist cdist cosine_similarity renorm
-    cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div poisson_nll_loss
-    gaussian_nll_loss binary_cross_entropy binary_cross_entropy_with_logits hinge_embedding_loss
-    margin_ranking_loss soft_margin_loss multi_margin_loss multilabel_margin_loss
-    triplet_margin_loss cosine_embedding_loss ctc_loss""".split())
+# What a region does with an op, by its name: torch.autocast's lists for CUDA, and rms_norm, mean.
+# Other ops take their inputs as they come, and promote them as torch always does.
+KIND = {name: kind for kind, names in {
+    "low": """linear matmul __matmul__ __rmatmul__ mm mv bmm addmm addmv addbmm baddbmm einsum
+        chain_matmul multi_dot prelu conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+        conv_transpose3d scaled_dot_product_attention multi_head_attention_forward""",
+    "fp32": """softmax log_softmax softmin logsumexp softplus layer_norm rms_norm group_norm norm
+        vector_norm matrix_norm normalize renorm dist cdist cosine_similarity sum mean prod cumsum
+        cumprod exp expm1 log log2 log10 log1p pow __pow__ __rpow__ reciprocal rsqrt tan sinh cosh
+        asin acos erfinv cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div
+        poisson_nll_loss gaussian_nll_loss binary_cross_entropy binary_cross_entropy_with_logits
+        hinge_embedding_loss margin_ranking_loss soft_margin_loss multi_margin_loss
+        multilabel_margin_loss triplet_margin_loss cosine_embedding_loss ctc_loss""",
+    "widest": """cat stack dot vdot tensordot cross bilinear addcdiv addcmul atan2 grid_sample
+        index_put scatter_add index_add""",
+    }.items() for name in names.split()}
 
 
 @contextlib.contextmanager
@@ -88,18 +92,19 @@ class Policy(TorchFunctionMode):
         self.dtype, self.casts, self.shadowed = dtype, casts, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        kwargs, kind = kwargs or {}, KIND.get(getattr(func, "__name__", ""))
         off = self.dtype is None or self.shadowed or kwargs.get("out") is not None
-        if off or name not in LOW | FLOAT32:
+        if kind is None or off:
             return func(*args, **kwargs)
-        if name in FLOAT32:
-            return func(*tree_map(widen, args), **tree_map(widen, kwargs))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if kind == "fp32" or kind == "widest" and len({t.dtype for t in tensors} & {*FLOATS}) > 1:
+            args, kwargs = tree_map(widen, (args, kwargs))
+        if kind != "low":
+            return func(*args, **kwargs)
         args, kwargs = tree_map(self.cast, (args, kwargs))
-        half = [t for t in tree_leaves((args, kwargs))
-                if isinstance(t, torch.Tensor) and t.dtype == torch.float16]
-        if not half or half[0].device.type != "cpu":
+        if self.dtype != torch.float16 or any(t.device.type != "cpu" for t in tensors):
             return func(*args, **kwargs)
-        args, kwargs = tree_map(widen, (args, kwargs))
+        args, kwargs = tree_map(widen, (args, kwargs))      # fp16 on a CPU
         return tree_map(self.cast, func(*args, **kwargs))
 
     def cast(self, x):
@@ -768,24 +773,30 @@ def draw(gradients, curves):
         from matplotlib.figure import Figure
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplot_mosaic([["histogram", "curves"], ["ranges", "curves"]],
+                                 height_ratios=(3, 1.2))
+    left, below, right = axes["histogram"], axes["ranges"], axes["curves"]
     exponents = gradients[gradients > 0].log2()
     for shift, color, name in ((0, "C3", "as they are"), (16, "C0", "times 2^16")):
-        left.hist(exponents + shift, bins=range(-60, 11), color=color, alpha=0.6,
+        left.hist(exponents + shift, bins=range(-50, 21), color=color, alpha=0.7,
                   weights=[100 / len(exponents)] * len(exponents), label=name)
-    ranges = {"fp16": (-24, 16), "e4m3": (-9, 9), "e5m2": (-16, 16), "bf16": (-60, 20)}
-    for i, (name, (low, high)) in enumerate(ranges.items()):
-        y = -1.2 * (i + 1)
-        left.plot([max(low, -60), min(high, 20)], [y, y], color="0.35", lw=4)
-        left.annotate(name, (-59, y + 0.1) if name != "bf16" else (-59, y + 0.1), fontsize=8)
-    left.set(xlabel="log2 of a gradient; bars: what a format can hold", ylabel="% of the gradients",
-             title="Gradients of activations, 2^20 tokens a step", xlim=(-60, 20))
+    left.set(ylabel="% of the gradients", title="Activation gradients, 2^20 tokens in a step",
+             xlim=(-50, 20), xticklabels=[])
     left.legend()
+    names = []
+    for i, (dtype, (bits, low)) in enumerate(FORMATS.items()):
+        least, most = low - bits, math.log2(torch.finfo(dtype).max)
+        below.barh(i, most - least, left=least, color="0.4")
+        names.append({E5M2: "fp8 e5m2", E4M3: "fp8 e4m3", torch.float16: "fp16"}.get(dtype, "bf16"))
+    below.set(xlim=(-50, 20), yticks=range(len(names)), yticklabels=names, ylim=(3.6, -0.6),
+              xlabel="log2 |gradient|; bars: what a format can hold")
     for i, (name, losses) in enumerate(curves.items()):
         smooth = [statistics.mean(losses[max(0, j - 9):j + 1]) for j in range(len(losses))]
-        right.plot(smooth, label=name, color=f"C{i}", ls=("-", "--", "-.", ":", "-")[i])
-    right.set(xlabel="step", ylabel="loss, nats per byte (mean of 10)", title="The same net, trained")
+        right.plot(smooth, ("-", "--", "-.", ":", "-")[i], lw=4 if i == 0 else 1.8, color=
+                   ("0.75", "C0", "C2", "C1", "C3")[i], label=f"{name}: {smooth[-1]:.2f}")
+    right.set(xlabel="step", ylabel="loss, nats per byte (mean of 10 steps)",
+              title="One net, one seed, five ways to multiply")
     right.legend()
     folder = pathlib.Path(__file__).parent / "figures"
     folder.mkdir(exist_ok=True)

@@ -873,9 +873,9 @@ def test_flash_under_autocast_casts_its_inputs_and_not_its_accumulators():
 
 def test_the_flash_autocast_check_notices_bf16_products():
     assert_caught(check_flash_under_autocast, mutant(
-        "flash_attn", "with torch.autocast(device, enabled=False):", "if True:"))
+        "flash_attn", "with torch.autocast(device, enabled=False), ", "with "))
     assert_caught(check_flash_under_autocast, mutant(
-        "flash_attn", "with torch.autocast(do.device.type, enabled=False):", "if True:"))
+        "flash_attn", "with torch.autocast(do.device.type, enabled=False), ", "with "))
 
 
 def test_flash_takes_slices_of_a_fused_projection_and_leaves_them_alone():
@@ -3459,6 +3459,8 @@ def check_autocast_policy(m):
                     want = op(low.float())
                 assert op(low).dtype == torch.float32 and torch.equal(op(low), want), op
             assert (full + low).dtype == torch.cat([full, low]).dtype == torch.float32
+            assert torch.dot(full[0, 0], low[0, 0]).dtype == torch.float32
+            assert torch.stack([low, low]).dtype == torch.dot(low[0, 0], low[0, 0]).dtype == dtype
             assert F.gelu(low).dtype == (low * 2).dtype == dtype and F.gelu(full) is not None
             assert F.linear(full.double(), full[0].double()).dtype == torch.float64
             assert (ids[0] @ ids[0]).dtype == torch.int64
@@ -3477,7 +3479,8 @@ def test_amp_autocast_casts_each_op_as_its_kind_demands():
 @pytest.mark.parametrize("line, broken", [
     ("x.dtype not in FLOATS or", "x.dtype in (torch.int64,) or"),
     ('self.shadowed or kwargs.get("out") is not None', "self.shadowed"),
-    ("layer_norm rms_norm", "layer_norm"), ("return x.float() if low else x", "return x")])
+    ("layer_norm rms_norm group", "layer_norm group"), ("return x.float() if low else x", "return x"),
+    ("& {*FLOATS}) > 1", "& {*FLOATS}) > 0")])
 def test_amp_the_policy_check_notices(line, broken):
     assert_caught(check_autocast_policy, mutant("amp", line, broken))
 
@@ -5095,6 +5098,85 @@ def test_train_zero_tp_and_pp_equal_replication_and_resume_in_any_layout(ranks, 
         assert ranks.run(_train, 2, ["--resume", *layout, "--out", out])[0] == whole
 
 
+def _train_low(argv):
+    """As _train, with bf16 also where the processor has no instruction for it."""
+    with mock.patch.object(train, "bf16_is_native", lambda device: True):
+        return _train(argv)
+
+
+LOW_RUNS = [("bf16", 1), ("bf16", 2, "--microbatches", "3"), ("bf16", 2, "--zero", "3"),
+            ("bf16", 4, "--tp", "2", "--sequence-parallel"),
+            ("bf16", 2, "--pp", "2", "--schedule", "zb-h1"), ("fp16", 1), ("fp16", 2),
+            ("fp16", 2, "--zero", "2", "--microbatches", "3"), ("fp16", 2, "--tp", "2"),
+            ("fp16", 4, "--pp", "2", "--zero", "1"), ("fp8", 1), ("fp8", 2, "--zero", "3"),
+            ("fp8", 4, "--tp", "2"), ("fp8", 2, "--pp", "2")]
+
+
+def test_train_low_precision_follows_fp32_in_every_layout(ranks, corpus, tmp_path):
+    """Losses and gradient norms (a wrong scale would show there) near those of fp32; in the layouts
+    that compute in the same types, near those of one process in that type."""
+    argv = [*TINY, "--data", corpus, "--steps", "4", "--eval-every", "4", "--save-every", "2",
+            "--optimizer", "adamw", "--lr", "0.01", "--layers", "4"]
+    want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "fp32")])[0]
+    alone = {}
+    for i, (dtype, n, *layout) in enumerate(LOW_RUNS):
+        out = str(tmp_path / f"{dtype}_{i}")
+        got = ranks.run(_train_low, n, [*argv, "--dtype", dtype, *layout, "--out", out])[0]
+        alone.setdefault(dtype, got)
+        limit = {"bf16": 0.01, "fp16": 0.002, "fp8": 0.05}[dtype]
+        for a, b, c in zip(got, want, alone[dtype], strict=True):
+            assert abs(a[0] - b[0]) < limit / 2 and abs(a[1] / b[1] - 1) < limit, (dtype, layout, a, b)
+        assert got != want, f"{dtype} {layout}: computed in fp32"
+        assert abs(got[-1][2] - want[-1][2]) < limit
+        scales = [record.get("loss_scale") for record in records(out)]
+        assert scales == ([2.0**16] * 4 if dtype == "fp16" else [None] * 4)
+
+
+def test_train_fp16_skips_overflows_resumes_its_scale_and_stops_when_it_dies(ranks, corpus,
+                                                                           tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "6", "--save-every", "3", "--optimizer", "adamw",
+            "--dtype", "fp16", "--dropout", "0.1"]
+    out = str(tmp_path / "run")
+    want = ranks.run(_train_spoiled, 2, [*argv, "--out", out], {1, 2}, 1)
+    assert want[0] == want[1] and all(math.isfinite(loss) for loss, *_ in want[0])
+    assert [r["loss_scale"] for r in records(out)] == [2.0**16, 2.0**15] + 4 * [2.0**14]
+    shutil.rmtree(resume.saved(out)[-1])
+    assert ranks.run(_train, 2, ["--resume", "--out", out])[0] == want[0]
+    assert records(out)[-1]["loss_scale"] == 2.0**14
+    with pytest.raises(AssertionError, match="error: step 17: the scale fell to 0.5"):
+        ranks.run(_train_spoiled, 2, [*argv, "--steps", "40", "--out", out], set(range(40)), 0)
+
+
+def _train_spoiled(argv, steps, rank):
+    """A run in which in those steps a gradient of that rank overflows."""
+    trainer = train.Trainer(train.parse(argv))
+    trainer.sample = trainer.meter.plot = lambda _: None
+    backward = trainer.backward
+
+    def spoiled():
+        loss = backward()
+        if trainer.step in steps and trainer.rank == rank:
+            next(trainer.model.parameters()).grad[0, 0] = math.inf
+        return loss
+
+    trainer.backward = spoiled
+    trainer.train()
+    trainer.finish()
+    return [(r["loss"], r["grad_norm"], r.get("val_loss")) for r in records(trainer.out)]
+
+
+def test_train_bf16_without_the_instruction_is_fp32_and_says_so(corpus, tmp_path, capsys):
+    results = []
+    for dtype in ("fp32", "bf16"):
+        with mock.patch.object(train, "bf16_is_native", lambda device: False):
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            results.append(_train([*TINY, "--data", corpus, "--steps", "2", "--dtype", dtype,
+                                   "--out", str(tmp_path / dtype)]))
+            dist.destroy_process_group()
+    assert results[0] == results[1]
+    assert "no bf16 instruction on this cpu: what would be bf16 is fp32" in capsys.readouterr().out
+
+
 def test_train_an_earlier_run_is_kept(ranks, corpus, tmp_path):
     argv = [*TINY, "--data", corpus, "--steps", "2", "--out", str(tmp_path / "run")]
     first = ranks.run(_train, 1, argv)[0]
@@ -5141,6 +5223,10 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--pp", "2", "--chunks", "0", *new], "--chunks 0: use at least 1"),
         (["--data", corpus, "--tp", "2", "--zero", "1", *new], "goes without --zero"),
         (["--data", corpus, "--sequence-parallel", *new], "--sequence-parallel with --tp"),
+        (["--data", corpus, "--dtype", "fp8", "--seq-len", "15", *new], "must be a multiple of 16"),
+        (["--data", corpus, "--dtype", "fp8", "--hidden", "40", *new], "fp8 needs multiples of 16"),
+        (["--data", corpus, "--dtype", "fp8", "--pp", "2", "--schedule", "zb-h1", *new], "use 1f1b"),
+        (["--data", corpus, "--dtype", "int8", *new], "choose from"),
         (["--resume", *new], "no checkpoint"),
         (["--resume", "--dim", "64", "--out", str(out)], "dim = 32, this run has 64"),
         (["--resume", "--data", __file__, "--out", str(out)], "saved with data"),
@@ -5224,12 +5310,12 @@ def test_train_a_diverging_run_stops_with_an_error(ranks, corpus, tmp_path):
 
 # ------------------------------------------------------------------ the house
 
-PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "tp", "pp", "data", "resume",
-         "metrics"}
+PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "tp", "pp", "amp", "data",
+         "resume", "metrics"}
 MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
     "model": {"rope", "flash_attn", "tp"},
-    "train": {"model", "muon", "ddp", "zero", "tp", "pp", "data", "resume", "metrics"}}
+    "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "data", "resume", "metrics"}}
 LONGEST = {"model": 420, "train": 410, "zero": 600, "tp": 540, "pp": 800}   # others: 300 lines
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()

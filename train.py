@@ -272,7 +272,7 @@ class Trainer:
             if self.scaler:
                 self.scaler.update()
         except FloatingPointError as problem:       # on all ranks
-            raise SystemExit(f"error: step {self.step}: {problem}")
+            raise SystemExit(f"error: step {self.step + 1}: {problem}")
         self.step += 1
         return norm
 
