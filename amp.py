@@ -512,7 +512,8 @@ class Net(nn.Module):
     def forward(self, x, y):
         x = self.embed(x) + self.position.weight
         for block in self.blocks:
-            q, k, v = block["qkv"](block["norm1"](x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+            qkv = block["qkv"](block["norm1"](x)).unflatten(-1, (3, 4, -1))     # (B, T, 3, H, D)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + block["o"](mixed.transpose(1, 2).flatten(2))
             x = x + block["down"](F.gelu(block["up"](block["norm2"](x))))
@@ -557,9 +558,13 @@ def learn(data, region, scaler, fp8=False, parts=1):
 def activation_gradients(batch, region, scale):
     """|dL/dy| times scale of all linear layers' outputs y, end to end, fp32."""
     model, found = net(), []
+
+    def watch(module, args, y):
+        y.register_hook(found.append)
+
     for m in model.modules():
         if isinstance(m, nn.Linear):
-            m.register_forward_hook(lambda m, args, y: y.register_hook(found.append) and None)
+            m.register_forward_hook(watch)
     with region():
         loss = model(*batch)
     (loss * scale).backward()
