@@ -117,7 +117,7 @@ class TiledAttention(torch.autograd.Function):
         # Softmax: ds = p * (dp - delta) with delta = sum_j p_j dp_j = do . o, the paper's D.
         delta = (do.to(lse.dtype) * o).sum(-1, keepdim=True)                 # (B, H, Tq, 1)
         dq, dk, dv = torch.zeros_like(q, dtype=lse.dtype), torch.empty_like(k), torch.empty_like(v)
-        with torch.autocast(do.device.type, enabled=False), torch._C.DisableTorchFunction():
+        with torch.autocast(do.device.type, enabled=False):                  # as in the forward
             for j in range(0, Tk, block):
                 k_j, v_j = block_of(k, j, block, N), block_of(v, j, block, N)
                 dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)

@@ -81,7 +81,8 @@ class Meter:
         axes = Figure(figsize=(7, 4), layout="constrained").subplots()
         for key, label, style in (("loss", "training batch", "-"),
                                   ("val_loss", "validation", "o-")):
-            points = [(record["step"], record[key]) for record in records if key in record]
+            points = [(record["step"], record[key]) for record in records
+                      if record.get(key) is not None]                   # None: it was NaN
             axes.plot(*zip(*points), style, label=label, markersize=4)
         step, loss = points[-1]
         axes.set(xlabel="step", ylabel="loss (nats per predicted token)", ylim=(0, None),

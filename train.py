@@ -161,7 +161,7 @@ class Trainer:
             f"T={args.seq_len}; {self.world} x {args.device}")
         say(f"data   {len(text):,} bytes to learn from, {len(val_text):,} to validate on")
         say(f"optim  {trained_by}")
-        if args.dtype != "fp32":
+        if low or args.dtype == "fp8":
             say(f"dtype  matrix products in {args.dtype}, optimizer and checkpoints in fp32")
 
     def tensors(self):
