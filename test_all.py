@@ -6,6 +6,7 @@ broken) and must fail there: a check that cannot fail proves nothing.
 """
 
 import ast
+import concurrent.futures
 import contextlib
 import copy
 import faulthandler
@@ -60,6 +61,7 @@ import zero
 from model import GPT, Config
 
 HERE = pathlib.Path(__file__).resolve().parent
+torch.set_num_threads(1)                # the other core is for the demos: see demos()
 
 
 # ------------------------------------------------------------------ tools of the tests
@@ -157,6 +159,28 @@ class Ranks:
         for process, _ in self.workers:
             process.kill()
         self.workers = []
+
+
+def run_alone(name, folder, **environment):
+    """`python name.py` with the file copied alone into an empty folder."""
+    shutil.copy(HERE / f"{name}.py", folder)
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= environment
+    return subprocess.run([sys.executable, f"{name}.py"], cwd=folder, env=env,
+                          capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demos(request, tmp_path_factory):
+    """Runs the demos that need one process, one after the other, each on one core, beside the first
+    tests -> {name: (folder, its future)}, of the demos that some test asks for."""
+    asked = {item.callspec.params["name"] for item in request.session.items
+             if item.name.startswith("test_house_a_file_copied_alone")}
+    folders = {name: tmp_path_factory.mktemp(name) for name in sorted(asked - MULTI_PROCESS)}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        yield {name: (folder, pool.submit(run_alone, name, folder, OMP_NUM_THREADS="1"))
+               for name, folder in folders.items()}
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")
@@ -875,7 +899,7 @@ def test_the_flash_autocast_check_notices_bf16_products():
     assert_caught(check_flash_under_autocast, mutant(
         "flash_attn", "with torch.autocast(device, enabled=False), ", "with "))
     assert_caught(check_flash_under_autocast, mutant(
-        "flash_attn", "with torch.autocast(do.device.type, enabled=False), ", "with "))
+        "flash_attn", "with torch.autocast(do.device.type, enabled=False):", "if True:"))
 
 
 def test_flash_takes_slices_of_a_fused_projection_and_leaves_them_alone():
@@ -3432,11 +3456,6 @@ def test_pp_prints_and_draws_any_schedule(tmp_path):
 
 # ------------------------------------------------------------------ amp.py
 
-def amp_net(**kwargs):
-    torch.manual_seed(0)
-    return amp.Net(**kwargs)
-
-
 def check_autocast_policy(m):
     """What each kind of op gives, called as a function, a method or an operator."""
     full, weight = torch.randn(4, 16, 16, generator=seeded()), torch.rand(16, generator=seeded())
@@ -3966,7 +3985,7 @@ def test_amp_stochastic_rounding_is_right_on_average():
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_amp_masters_resume_bit_for_bit(stochastic):
     def build():
-        layer = amp_net(layers=1).bfloat16()
+        layer = amp.Net(layers=1).bfloat16()
         return layer, amp.MasterWeights(torch.optim.AdamW, layer.parameters(), stochastic, lr=0.01)
 
     def steps(layer, optimizer, first, last):
@@ -4231,7 +4250,7 @@ def test_amp_on_a_gpu():
     for dtype in (torch.bfloat16, torch.float16):
         results = []
         for region in (amp.autocast(dtype), torch.autocast("cuda", dtype)):
-            model = amp_net().cuda()
+            model = amp.Net().cuda()
             with region:
                 loss = model(*batch)
             loss.backward()
@@ -5443,7 +5462,8 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "model": {"rope", "flash_attn", "tp"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "data", "resume", "metrics"}}
 LONGEST = {"model": 420, "train": 455, "zero": 600, "tp": 540, "pp": 800,
-           "amp": 890}   # others: 300 lines
+           "amp": 895}                                        # others: 300 lines
+MULTI_PROCESS = {"ddp", "zero", "tp", "pp"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()
 
@@ -5466,13 +5486,14 @@ def test_house_imports_go_downwards_and_files_stay_short(name):
 
 
 @pytest.mark.parametrize("name", sorted(PARTS))
-def test_house_a_file_copied_alone_proves_its_claims_and_draws_its_figure(name, tmp_path):
-    shutil.copy(HERE / f"{name}.py", tmp_path)
+def test_house_a_file_copied_alone_proves_its_claims_and_draws_its_figure(name, tmp_path, demos):
     if name == "flash_triton" and flash_triton is None:
         pytest.skip("Triton is missing")
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, env=env,
-                         capture_output=True, text=True, timeout=200)
+    if name in demos:
+        tmp_path, run = demos[name]
+        run = run.result()
+    else:
+        run = run_alone(name, tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     claims = [line for line in run.stdout.split("\n") if line.startswith("ok ")]
     assert len(claims) >= 3 and "FAIL" not in run.stdout, run.stdout
