@@ -5275,19 +5275,23 @@ def test_train_low_precision_follows_fp32_in_every_layout(ranks, corpus, tmp_pat
         assert abs(got[-1][2] - want[-1][2]) < limit
         scales = [record.get("loss_scale") for record in records(out)]
         assert scales == ([2.0**16] * 4 if dtype == "fp16" else [None] * 4)
+    assert alone["fp8"] != alone["bf16"] != alone["fp16"]
 
 
+@pytest.mark.parametrize("layout", [(), ("--zero", "2"), ("--pp", "2")])
 def test_train_fp16_skips_overflows_resumes_its_scale_and_stops_when_it_dies(ranks, corpus,
-                                                                           tmp_path):
+                                                                           tmp_path, layout):
     argv = [*TINY, "--data", corpus, "--steps", "6", "--save-every", "3", "--optimizer", "adamw",
-            "--dtype", "fp16", "--dropout", "0.1"]
+            "--dtype", "fp16", "--dropout", "0.1", *layout]
     out = str(tmp_path / "run")
     want = ranks.run(_train_spoiled, 2, [*argv, "--out", out], {1, 2}, 1)
     assert want[0] == want[1] and all(math.isfinite(loss) for loss, *_ in want[0])
     assert [r["loss_scale"] for r in records(out)] == [2.0**16, 2.0**15] + 4 * [2.0**14]
     shutil.rmtree(resume.saved(out)[-1])
-    assert ranks.run(_train, 2, ["--resume", "--out", out])[0] == want[0]
+    assert ranks.run(_train, 2, ["--resume", *layout, "--out", out])[0] == want[0]
     assert records(out)[-1]["loss_scale"] == 2.0**14
+    if layout:
+        return
     with pytest.raises(AssertionError, match="error: step 17: the scale fell to 0.5"):
         ranks.run(_train_spoiled, 2, [*argv, "--steps", "40", "--out", out], set(range(40)), 0)
 
@@ -5301,7 +5305,10 @@ def _train_spoiled(argv, steps, rank):
     def spoiled():
         loss = backward()
         if trainer.step in steps and trainer.rank == rank:
-            next(trainer.model.parameters()).grad[0, 0] = math.inf
+            if trainer.zero:
+                trainer.zero.units[0].grad[0] = math.inf
+            else:
+                next(trainer.model.parameters()).grad[0] = math.inf
         return loss
 
     trainer.backward = spoiled
