@@ -85,32 +85,39 @@ class autocast(contextlib.ContextDecorator):
 
     def __enter__(self):
         around = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Policy)]
-        mode = Policy(self.dtype, around[0].casts if around else {})
+        mode = Policy(self.dtype, around)
         # Needed: fused optimizers change weights without counting it in their _version.
         hook = register_optimizer_step_post_hook(lambda *args: mode.casts.clear())
-        for outer in around:
-            outer.shadowed += 1
-        self.entered.append((mode, around, hook))
+        self.entered.append((mode, hook))
         mode.__enter__()
 
     def __exit__(self, *exception):
-        mode, around, hook = self.entered.pop()
+        mode, hook = self.entered.pop()
         mode.__exit__(*exception)
         hook.remove()
-        for outer in around:
-            outer.shadowed -= 1
 
 
 class Policy(TorchFunctionMode):
-    """What a region does: torch hands it every call of a torch function, made from Python."""
+    """What a region does: torch hands it every call of a torch function, made from Python. The
+    regions around it get what it calls, and pass it on as it is."""
 
-    def __init__(self, dtype, casts):
+    def __init__(self, dtype, around):
         super().__init__()
-        self.dtype, self.casts, self.shadowed = dtype, casts, 0
+        self.dtype, self.around, self.passing_on = dtype, around, 0
+        self.casts = around[0].casts if around else {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, kind = kwargs or {}, KIND.get(getattr(func, "__name__", ""))
-        off = self.dtype is None or self.shadowed or kwargs.get("out") is not None
+        for outer in self.around:
+            outer.passing_on += 1
+        try:
+            return self.call(func, args, kwargs or {})
+        finally:
+            for outer in self.around:
+                outer.passing_on -= 1
+
+    def call(self, func, args, kwargs):
+        kind = KIND.get(getattr(func, "__name__", ""))
+        off = self.dtype is None or self.passing_on or kwargs.get("out") is not None
         if kind is None or off:
             return func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
