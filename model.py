@@ -24,6 +24,7 @@ Left out  padding masks (the sequences of a batch have one length), attention dr
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import zlib
@@ -33,6 +34,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+from checkpoint import checkpoint, plan, selective_checkpoint
 from flash_attn import flash_attention
 from rope import alibi_bias, apply_rope, rope_table, sinusoidal_table
 from tp import (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, collective,
@@ -235,6 +237,7 @@ class GPT(nn.Module):
             if config.tied and 0 in numbers:
                 self.head.weight = self.embed.weight
         self.dropout = nn.Dropout(config.dropout)
+        self.recompute = {}                     # number of a block: how, see set_recompute()
         # Constants. Not buffers: model.to(bfloat16) would round the angles of RoPE.
         self.tables = {}
         if config.position == "rope":
@@ -286,10 +289,31 @@ class GPT(nn.Module):
         x = self.enter(tokens, start)
         if cache is not None and not cache:
             cache.extend({} for _ in self.blocks)
-        for i, block in enumerate(self.blocks):
+        for i in range(len(self.blocks)):
             past = None if cache is None else cache[i]
-            x = block(x, memory=memory, past=past, **positions)
+            x = self.run_block(i, x, memory=memory, past=past, **positions)
         return self.norm(x)
+
+    def run_block(self, i, x, **kwargs):
+        if i not in self.recompute or kwargs.get("past") is not None:
+            return self.blocks[i](x, **kwargs)
+        return self.recompute[i](self.blocks[i], x, **kwargs)
+
+    def set_recompute(self, how, batch_size=1):
+        """What backward computes again (checkpoint.py). "none"; "full": all blocks; "selective":
+        all but matmuls and attention; 0.0 to 1.0: as many blocks as needed to keep that share of
+        their activations' bytes, measured with batch_size sequences. Not with a memory."""
+        mine = [i for i, block in enumerate(self.blocks) if block is not None]
+        ways = {"none": None, "full": checkpoint, "selective": selective_checkpoint}
+        if how in ways:
+            self.recompute = {i: ways[how] for i in mine if how != "none"}
+            return
+        p, T = next(self.blocks[mine[0]].parameters()), self.config.seq_len
+        positions = self.positions(0, T, p.device)
+        t = T // tp_size(self.tp_group) if self.sequence_parallel else T
+        x = torch.zeros(batch_size, t, self.config.dim, dtype=p.dtype, device=p.device)
+        again = plan([functools.partial(self.blocks[i], **positions) for i in mine], x, how)
+        self.recompute = {mine[i]: checkpoint for i in again}
 
     def enter(self, tokens, start=0):
         """tokens (B, T) at positions start ... -> (B, T, C), or this rank's tokens: for block 0."""
@@ -372,6 +396,7 @@ class Stage(nn.Module):
         self.before, self.after = nn.ModuleList(), nn.ModuleList()
         if first:
             self.before.extend([model.embed, getattr(model, "position", None), model.dropout])
+        self.numbers, self.run_block = blocks, model.run_block
         self.blocks = nn.ModuleList(model.blocks[i] for i in blocks)
         if last:
             self.after.extend([model.norm, model.head])
@@ -384,8 +409,8 @@ class Stage(nn.Module):
         T = x.shape[1] * (1 if self.before else self.parts)
         positions = self.positions(0, T, x.device)
         x = self.enter(x) if self.before else x
-        for block in self.blocks:
-            x = block(x, **positions)
+        for i in self.numbers:
+            x = self.run_block(i, x, **positions)
         for layer in self.after:
             x = layer(x)
         return x

@@ -46,6 +46,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import amp
+import checkpoint
 import data
 import ddp
 import flash_attn
@@ -4270,6 +4271,347 @@ def test_amp_on_a_gpu():
             results.append([own.grad.cpu(), layer.weight.grad.cpu(), layer(own).cpu()])
         for got, want in zip(*results):
             assert ((got - want).norm() / want.norm()).item() < 1e-2
+
+
+# ------------------------------------------------------------------ checkpoint.py
+
+CK_WAYS = {"full": lambda m: m.checkpoint, "selective": lambda m: m.selective_checkpoint,
+           "nested": lambda m: lambda f, *a, **k: m.checkpoint(
+               lambda *b, **c: m.selective_checkpoint(f, *b, **c), *a, **k)}
+
+
+class CkNet(nn.Module):
+    """Everything that hand-written recomputation gets wrong, in float64."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.scale = nn.Linear(6, 8), nn.Linear(8, 3), nn.Parameter(
+            torch.ones(8))
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.3),
+                                                nn.Linear(16, 8), nn.Tanh(), nn.Dropout(0.2))
+                                  for _ in range(3))
+        self.embed = nn.Embedding(5, 8)
+        self.double()
+
+    def two(self, pair, *, sign, ids=None):     # a closure over self.scale; several outputs
+        a, b = pair["a"], pair["b"][0]
+        out = {"sum": (a + sign * b) * self.scale, "rest": [a.sin() * b, 7, None]}
+        if ids is not None:
+            out["sum"] = out["sum"] + self.embed(ids)
+        return out
+
+    def forward(self, x, way):
+        noise = torch.rand(2).sum()             # random numbers before, between and behind
+        h = way(self.embed, torch.tensor([0, 3, 3, 1]))             # no input that needs a gradient
+        h = h + self.first(x) * noise
+        h = h + way(self.mlps[0], h)            # residual
+        h = way(self.mlps[1], h) + way(self.mlps[2], h) + way(self.mlps[2], h)
+        out = way(self.two, {"a": h, "b": [x.detach()[:, :1]]}, sign=-1.0, ids=torch.tensor([1] * 4))
+        assert out["rest"][1:] == [7, None]
+        h = F.dropout(out["sum"] * out["rest"][0], 0.5)
+        for _ in range(20):
+            h = way(torch.tanh, h * 1.1)
+        return self.last(h).square().sum() + torch.rand(())
+
+
+def check_checkpoint_changes_nothing(m):
+    results = []
+    for name in ("plain", *CK_WAYS):
+        net, x = CkNet(), torch.randn(4, 6, generator=seeded(), dtype=torch.float64)
+        x.requires_grad_()
+        torch.manual_seed(1)
+        way = (lambda f, *a, **k: f(*a, **k)) if name == "plain" else CK_WAYS[name](m)
+        loss = net(x, way)
+        loss.backward()
+        results.append([loss, torch.rand(3), x.grad, *(p.grad for p in net.parameters())])
+        for got, want in zip(results[-1], results[0]):
+            assert torch.equal(got, want), f"{name}: differs by {(got - want).abs().max()}"
+        with torch.no_grad():
+            assert not net(x, way).requires_grad
+
+
+def test_checkpoint_changes_no_bit_of_loss_gradients_and_random_numbers():
+    check_checkpoint_changes_nothing(checkpoint)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("            set_random_state(self.random)\n", ""),
+    ("stack.callback(set_random_state, now)", "pass"),
+    ("requires_grad_(grad)", "requires_grad_(False)"),
+    ("return self.kept[self.next - 1]", "return self.kept[0]"),
+    ("torch.enable_grad(), outputs,", "outputs,")])
+def test_checkpoint_the_check_notices(line, broken):
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_checkpoint_changes_nothing(mutant("checkpoint", line, broken))
+
+
+def test_checkpoint_works_with_autograd_grad_second_derivatives_and_second_backwards():
+    layer = nn.Linear(5, 5).double()
+    x = torch.randn(3, 5, generator=seeded(), dtype=torch.float64, requires_grad=True)
+
+    def fn(x):
+        return layer(x).sin() * x
+
+    for way in (checkpoint.checkpoint, checkpoint.selective_checkpoint):
+        assert torch.autograd.gradcheck(lambda x: way(fn, x), x)
+        assert torch.autograd.gradgradcheck(lambda x: way(fn, x), x)
+        want, = torch.autograd.grad(fn(x).sum(), x)
+        y, layer.weight.grad = way(fn, x), None
+        got, = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        assert layer.weight.grad is None and torch.equal(got, want), "grad() must not touch .grad"
+        for _ in range(2):
+            x.grad = None
+            y.sum().backward(retain_graph=True)
+            assert torch.equal(x.grad, want)
+        layer.weight.grad = None
+
+        def penalised(x):                       # itself takes a gradient
+            slope, = torch.autograd.grad(fn(x).sum(), x, create_graph=True)
+            return slope.square()
+
+        x.grad = None
+        penalised(x).sum().backward()
+        want, x.grad = x.grad, None
+        way(penalised, x).sum().backward()
+        close(x.grad, want, 1e-14, "a gradient inside the function")
+
+
+def check_second_runs(m):
+    """The function runs once more, up to the last tensor that it saves, and only if asked."""
+    calls = []
+
+    def fn(x):
+        calls.append("first")
+        y = x.exp()                             # saved
+        calls.append("last saved")
+        z = (y * y) + 1
+        calls.append("rest")
+        return z
+
+    x = torch.ones(3, requires_grad=True)
+    y = m.checkpoint(fn, x)
+    assert calls == ["first", "last saved", "rest"]
+    y.sum().backward()
+    assert calls[3:] == ["first", "last saved"], calls      # y * y saves y, y: then it stops
+    with FlopCounterMode(display=False) as counter:
+        layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
+        x, flops = torch.ones(4, 16, requires_grad=True), {}
+        ways = {"plain": lambda f, x: f(x), "full": m.checkpoint, "selective": m.selective_checkpoint}
+        for name, way in ways.items():
+            before, h = counter.get_total_flops(), x
+            for layer in layers:
+                h = way(lambda h: layer(h).tanh(), h)
+            h.sum().backward()
+            flops[name] = counter.get_total_flops() - before
+    assert flops["full"] * 3 == flops["plain"] * 4 and flops["selective"] == flops["plain"], flops
+
+
+def test_checkpoint_runs_a_function_once_more_and_stops_early():
+    check_second_runs(checkpoint)
+    assert_caught(check_second_runs, mutant("checkpoint", "if i + 1 >= len(self.facts):", "if False:"))
+    assert_caught(check_second_runs, mutant("checkpoint", '"""mm addmm bmm', '"""mm bmm'))
+
+
+def check_saved_bytes(m):
+    layer, act = nn.Linear(8, 32), nn.Linear(32, 8)
+    x = torch.randn(4, 8, generator=seeded(), requires_grad=True)
+
+    def mlp(x):                                 # saves x (128), the first output (512) for GELU,
+        return act(F.gelu(layer(x)))            # and what GELU gives (512)
+
+    size = m.saved_bytes
+    assert size(mlp, x) == 128 + 512 + 512
+    assert size(m.checkpoint, mlp, x) == 128
+    assert size(m.selective_checkpoint, mlp, x) == 128 + 512    # the last product serves nobody
+    assert size(m.selective_checkpoint, lambda x: mlp(x).tanh(), x) == 128 + 512 + 128
+    assert size(lambda x: m.checkpoint(lambda h: m.checkpoint(mlp, h), m.checkpoint(mlp, x)), x) == 256
+    assert size(m.checkpoint, lambda x: m.checkpoint(mlp, m.checkpoint(mlp, x)), x) == 128
+    assert size(lambda x: x.sin() * x.cos(), x) == 128 + 2 * 128
+    assert size(lambda x: x @ layer.weight.t() @ layer.weight, x) == 128 + 512      # views of it
+    for p in layer.parameters():
+        p.requires_grad_(False)
+    assert size(layer, x) == 0 and size(nn.Sequential(layer, nn.Tanh()), x) == 512
+    with torch.no_grad():
+        assert size(mlp, x) == 0
+
+
+def test_checkpoint_saved_bytes_equal_those_counted_by_hand():
+    check_saved_bytes(checkpoint)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("del self.kept[self.used:]", "pass"),
+    ("if storage._cdata not in old:", "if True:"), ("if place in counted", "if True"),
+    ("ctx.save_for_backward(*tensors)", "ctx.tensors = tensors")])
+def test_checkpoint_the_bytes_check_notices(line, broken):
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        check_saved_bytes(mutant("checkpoint", line, broken))
+
+
+def test_checkpoint_memory_is_free_after_backward_and_offloads():
+    x = torch.randn(64, 64, requires_grad=True)
+    for way in (checkpoint.checkpoint, checkpoint.selective_checkpoint):
+        hidden = x * 2
+        alive = weakref.ref(hidden)
+        y = way(lambda h: (h @ h).tanh().sum(), hidden)
+        del hidden
+        y.backward()
+        assert alive() is None, "the input outlives backward"
+        want, x.grad = x.grad, None
+        with torch.autograd.graph.save_on_cpu():
+            way(lambda h: (h @ h).tanh().sum(), x * 2).backward()
+        assert torch.equal(x.grad, want)
+        x.grad = None
+    blocks = [nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(16)]
+    peaks = []
+    for k in (1, 4, 16):
+        with checkpoint.Made() as memory:
+            checkpoint.checkpoint_sequential(blocks, k, torch.ones(256, 64)).sum().backward()
+        peaks.append(memory.peak)
+    assert peaks[0] > 3 * peaks[1] and peaks[1] > 1.3 * peaks[2], peaks
+
+
+@pytest.mark.parametrize("way", ["full", "selective"])
+def test_checkpoint_runs_again_under_the_same_autocast(way):
+    """torch's, ours, nested, disabled; the backward outside, as it should be, or inside."""
+    x = torch.randn(4, 64, generator=seeded(), requires_grad=True)
+
+    def regions(name):
+        stack = contextlib.ExitStack()
+        for each in name.split():
+            stack.enter_context({
+                "torch": lambda: torch.autocast("cpu", torch.bfloat16),
+                "ours": lambda: amp.autocast(torch.bfloat16), "fp16": lambda: amp.autocast(
+                    torch.float16), "off": lambda: amp.autocast(torch.float16, enabled=False),
+                "torch-off": lambda: torch.autocast("cpu", enabled=False)}[each]())
+        return stack
+
+    for name in ("torch", "ours", "ours fp16", "ours off", "fp16 ours", "torch torch-off"):
+        results = []
+        for run in (lambda f, *a: f(*a), CK_WAYS[way](checkpoint)):
+            for inside in (False, True):
+                block = checkpoint_block()
+                with regions(name):
+                    y = run(block, run(block, x))
+                    if inside:
+                        y.float().square().sum().backward()
+                if not inside:
+                    y.float().square().sum().backward()
+                results.append([y, x.grad, *(p.grad for p in block.parameters())])
+                x.grad = None
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other)), name
+
+
+def checkpoint_block():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+
+
+def test_checkpoint_refuses_what_it_cannot_repeat():
+    x = torch.ones(3, requires_grad=True)
+    for way in (checkpoint.checkpoint, checkpoint.selective_checkpoint):
+        with pytest.raises(ValueError, match="returned None: return at least one tensor"):
+            way(lambda x: None, x)
+        h = x * 2
+        y = way(torch.sin, h)
+        h.add_(1)
+        with pytest.raises(RuntimeError, match="changed in place after it was used: clone"):
+            y.sum().backward()
+        sizes = iter((3, 3, 5))
+
+        def changing(x):
+            y = x.exp()
+            return (y.sum() * torch.ones(next(sizes))).tanh()           # this line
+
+        way(changing, x)                        # without backward it may change
+        with pytest.raises(RuntimeError, match=r"number 1, in .*test_all.py:\d+: return \(y.sum.*"
+                                               r"this line, has \(5,\) torch.float32, at first \(3,"):
+            way(changing, x).sum().backward()
+        turns = iter(range(10))
+        with pytest.raises(RuntimeError, match="saved 2 tensors at first, 1 when it ran again"):
+            way(lambda x: x.exp().exp() if next(turns) == 0 else x.exp(), x).sum().backward()
+        noise = iter(torch.arange(10.0))
+        with pytest.raises(RuntimeError, match="number 0, in .*, has other values"):
+            way(lambda x: (x * next(noise)).exp(), x, compare=True).sum().backward()
+        way(lambda x: (x * math.nan).exp(), x, compare=True).sum().backward()
+    with pytest.raises(ValueError, match="changes in place what one of"):
+        checkpoint.selective_checkpoint(lambda x: x.view(1, 3).mm(x.view(3, 1)).add_(1).exp(), x)
+    for segments in (0, 4):
+        with pytest.raises(ValueError, match=f"segments={segments} of 3 functions: pick 1 to 3"):
+            checkpoint.checkpoint_sequential([torch.sin] * 3, segments, x)
+    for sizes, flops, budget in (([1], [1], -1), ([1], [1, 2], 3), ([-1], [1], 3)):
+        with pytest.raises(ValueError, match="nothing below 0"):
+            checkpoint.choose(sizes, flops, budget)
+    for budget, message in ((1.5, "must lie in 0 to 1"), (-0.1, "must lie in 0 to 1"),
+                            (10, "the inputs alone take 24")):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.plan([torch.sin, torch.tanh], x, budget)
+
+
+def check_choices(m):
+    for seed in range(60):
+        n = 1 + seed % 10
+        sizes, flops = (torch.randint(0, 30, (n,), generator=seeded(seed + k)).tolist()
+                        for k in (0, 100))
+        budget = int(sum(sizes) * (seed % 7) / 6)
+        kept = m.choose(sizes, flops, budget)
+        assert sum(sizes[i] for i in kept) <= budget and sorted(set(kept)) == kept
+        best = max(sum(f for f, take in zip(flops, takes) if take)
+                   for takes in itertools.product((0, 1), repeat=n)
+                   if sum(s for s, take in zip(sizes, takes) if take) <= budget)
+        assert sum(flops[i] for i in kept) == best, f"{sizes} {flops} {budget}: {kept}"
+    assert m.choose([], [], 0) == []
+    long = m.choose(list(range(1, 61)), [i * i for i in range(1, 61)], 900)         # no 2^60 states
+    assert sum(i + 1 for i in long) <= 900
+
+
+def test_checkpoint_the_choice_is_the_best_one():
+    check_choices(checkpoint)
+    assert_caught(check_choices, mutant(
+        "checkpoint", "if b + size <= budget]", "if b + size < budget]"))
+    layers = [nn.Linear(64, 64, bias=False) for _ in range(6)]
+    plan = checkpoint.plan([nn.Sequential(layer, nn.Tanh()) for layer in layers], torch.ones(8, 64),
+                           0.5)
+    assert plan == [0, 1, 2], "of equals the last are kept"
+    assert checkpoint.plan(layers, torch.ones(8, 64), 1.0) == []
+
+
+def test_checkpoint_sequential_is_the_chain_and_wastes_no_last_segment():
+    calls, fns = [], []
+    for i in range(9):
+        def fn(x, i=i, layer=nn.Linear(8, 8)):
+            calls.append(i)
+            return layer(x).tanh()
+        fns.append(fn)
+    x = torch.randn(2, 8, requires_grad=True)
+    want = x
+    for fn in fns:
+        want = fn(want)
+    grad, = torch.autograd.grad(want.sum(), x)
+    for segments, again in ((None, 6), (1, 0), (2, 4), (4, 7), (9, 8)):
+        calls.clear()
+        y = checkpoint.checkpoint_sequential(fns, segments, x)
+        got, = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(y, want) and torch.equal(got, grad)
+        assert len(calls) == 9 + again, (segments, calls)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_checkpoint_on_a_gpu_restores_its_random_numbers_and_its_autocast():
+    net, x = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.GELU()).cuda(), torch.ones(
+        8, 64, device="cuda", requires_grad=True)
+    results = []
+    for way in (lambda f, x: f(x), checkpoint.checkpoint, checkpoint.selective_checkpoint):
+        torch.manual_seed(0)
+        net.zero_grad()
+        with amp.autocast(torch.bfloat16):
+            loss = way(net, way(net, x)).float().sum()
+        loss.backward()
+        results.append([torch.rand(3, device="cuda"), *(p.grad.clone() for p in net.parameters())])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
 # ------------------------------------------------------------------ data.py

@@ -8,6 +8,7 @@
     python train.py --nproc 2 --tp 2    2 processes split every layer (see tp.py)
     python train.py --nproc 2 --pp 2    2 processes hold different layers (see pp.py)
     python train.py --dtype bf16        multiply in 16 bits, where the hardware can (see amp.py)
+    python train.py --recompute full    keep less for backward, compute it again (checkpoint.py)
     python train.py --resume            go on from the last checkpoint, with the run's own settings
     python train.py --objective mlm     masked (BERT) instead of causal (GPT) language modelling
 
@@ -124,6 +125,8 @@ class Trainer:
         self.region = functools.partial(autocast, low) if low else contextlib.nullcontext
         if args.dtype == "fp8":
             convert_to_float8(self.model, skip=("head",))
+        with self.region():
+            self.model.set_recompute(args.recompute, args.batch_size // parts)
         self.scaler = DynamicLossScaler() if args.dtype == "fp16" else None
         if self.scaler and args.scaler:             # of the checkpoint
             self.scaler.load_state_dict(args.scaler)
@@ -161,6 +164,9 @@ class Trainer:
             f"T={args.seq_len}; {self.world} x {args.device}")
         say(f"data   {len(text):,} bytes to learn from, {len(val_text):,} to validate on")
         say(f"optim  {trained_by}")
+        if self.model.recompute:
+            say(f"memory backward computes blocks {sorted(self.model.recompute)} again: "
+                f"{args.recompute}")
         if low or args.dtype == "fp8":
             say(f"dtype  matrix products in {args.dtype}, optimizer and checkpoints in fp32")
 
@@ -345,6 +351,15 @@ def fail(message):
     sys.exit(2)
 
 
+def recompute(text):
+    if text in ("none", "full", "selective"):
+        return text
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: use none, full, selective, or a share from 0 to 1")
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
@@ -373,6 +388,8 @@ def parse(argv):
     add("--dtype", choices=tuple(LOW), default="fp32", help="of matrix products; fp16 and fp8 are "
         "emulated on a CPU, bf16 only used if it has the instruction")
     parser.set_defaults(scaler=None)                # --resume: its state in the checkpoint
+    add("--recompute", type=recompute, default="none", help="what backward computes again, to save "
+        "memory: none, full, selective (not matmuls and attention), or the share kept, 0 to 1")
     add("--nproc", type=int, default=1, help="processes to start on this machine")
     add("--tp", type=int, default=1, help="processes that split every layer")
     add("--sequence-parallel", action="store_true", help="with --tp: norms, residual stream, too")

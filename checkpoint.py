@@ -1,0 +1,598 @@
+"""Activation recomputation: keep what goes into a block, and compute the rest again in backward.
+
+    forward     x0 -[block 0]-> x1 -[block 1]-> x2 -[block 2]-> loss        kept: x0, x1, x2
+    backward    [block 2] again, its gradients; [block 1] again, its gradients; [block 0] ...
+
+Autograd saves tensors for backward. checkpoint() takes each of them away as it is saved, leaving a
+number; when backward first asks for one, the function runs again, with the same inputs, random
+numbers and autocast, until all are there. Gradients flow through the first, real graph: nothing is
+counted twice, and parameters, many outputs and autograd.grad need no special care. Selective: the
+outputs of expensive operations (matmuls, attention) are kept, the second run takes them from there.
+
+Cost     a Transformer block (width h, s tokens, batch b, a heads), bytes kept in fp16 with dropout
+         and the scores as tensors: all sbh (34 + 5as/h); attention's core again: 34 sbh, + 2 to 4 %
+         FLOPs; everything again: 2 sbh, + 1/3 FLOPs. n equal layers in k segments keep k inputs and
+         n/k layers at a time: least for k = sqrt(n), for one forward more
+Paper    Chen et al. 2016, section 4 (arXiv 1604.06174); Korthikanti et al. 2022, sections 4 and 5
+         (2205.05198)
+Run      python checkpoint.py            claims and figures/checkpoint.png, about 20 s
+         python checkpoint.py --bench    step times beside torch.utils.checkpoint
+Left out graphs on several GPUs of one process, kernels that are no torch operations (selective runs
+         them again), functions that change what they close over: the second run would see it
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import math
+import pathlib
+import statistics
+import time
+import traceback
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
+
+# The operations whose outputs selective_checkpoint() keeps: those that cost most FLOPs per byte.
+EXPENSIVE = frozenset("""mm addmm bmm baddbmm _scaled_mm _grouped_mm convolution
+    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+    _scaled_dot_product_attention_math""".split())
+
+
+class Keep(torch.autograd.Function):
+    """A node of no graph that saves tensors as autograd does: hooks around it (an outer checkpoint,
+    offloading to the CPU) get them, and a later change in place is noticed."""
+
+    @staticmethod
+    def forward(ctx, anchor, *tensors):
+        ctx.save_for_backward(*tensors)
+        return anchor.view_as(anchor)
+
+
+class Saved:
+    """Any nest of lists, tuples, dicts; its tensors are kept by autograd."""
+
+    def __init__(self, tree):
+        self.leaves, self.spec = tree_flatten(tree)
+        tensors = [(i, x) for i, x in enumerate(self.leaves) if isinstance(x, torch.Tensor)]
+        self.grads = {i: x.requires_grad for i, x in tensors}
+        for i, _ in tensors:
+            self.leaves[i] = None
+        anchor = torch.empty(0, requires_grad=True)
+        self.node = Keep.apply(anchor, *(x.detach() for _, x in tensors)).grad_fn
+
+    def load(self):
+        leaves = list(self.leaves)
+        for (i, grad), x in zip(self.grads.items(), self.node.saved_tensors):
+            leaves[i] = x.detach().requires_grad_(grad)
+        return tree_unflatten(leaves, self.spec)
+
+
+class Enough(BaseException):
+    """Stops the second run: all that backward will ask for is there."""
+
+
+class Outputs(TorchDispatchMode):
+    """Keeps the outputs of some operations in a list, or takes them from there, in order."""
+
+    def __init__(self, names, kept, reuse):
+        super().__init__()
+        self.names, self.kept, self.reuse, self.next = names, kept, reuse, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        if name not in self.names:
+            return func(*args, **(kwargs or {}))
+        if self.reuse:
+            self.next += 1
+            return self.kept[self.next - 1]
+        out = func(*args, **(kwargs or {}))
+        self.kept.append(out)
+        return out
+
+
+class Frame:
+    """One call of checkpoint(): how to run the function again, and what that has given so far."""
+
+    def __init__(self, fn, args, kwargs, names, compare):
+        self.fn, self.inputs, self.names, self.compare = fn, Saved((args, kwargs)), names, compare
+        self.facts, self.tensors = [], {}       # of each saved tensor; those computed again
+        self.kept, self.used = [], 0            # outputs of expensive operations; how many matter
+        devices = {x.device for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
+        self.random = random_state(devices)
+        self.regions = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+                        for kind in {"cpu", *(device.type for device in devices)}
+                        if torch.amp.is_autocast_available(kind)]
+        self.cached = torch.is_autocast_cache_enabled()
+        self.modes = _get_current_function_mode_stack()     # such as another autocast
+
+    def first_run(self, args, kwargs):
+        outputs = Outputs(self.names, self.kept, False) if self.names else contextlib.nullcontext()
+        hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
+        with hooks, outputs:
+            out = self.fn(*args, **kwargs)
+        if not any(isinstance(x, torch.Tensor) for x in tree_flatten(out)[0]):
+            raise ValueError(f"checkpoint: {self.fn} returned {out!r:.60}: return at least one "
+                             f"tensor")
+        del self.kept[self.used:]               # after the last saved tensor nobody needs them
+        if any(x._version for x in tree_flatten(self.kept)[0] if isinstance(x, torch.Tensor)):
+            raise ValueError(f"checkpoint: {self.fn} changes in place what one of "
+                             f"{sorted(self.names)} gave: take that out of save=, or clone it")
+        self.kept = Saved(self.kept)
+        return out
+
+    def pack(self, x):
+        value = x.detach().clone() if self.compare else None
+        self.facts.append((x.shape, x.dtype, x.device, value))
+        self.used = len(self.kept)
+        return self, len(self.facts) - 1
+
+    def second_run(self):
+        found = {}
+
+        def pack(x):
+            i = len(found)
+            if i < len(self.facts):
+                self.check(i, x)
+                found[i] = x.detach()
+            if i + 1 >= len(self.facts):
+                raise Enough
+            return x.detach()
+
+        try:
+            args, kwargs = self.inputs.load()
+            kept = self.kept.load() if isinstance(self.kept, Saved) else self.kept  # still running
+        except RuntimeError as error:
+            raise RuntimeError(f"checkpoint: an input of {self.fn}, or an output that is kept, was "
+                               f"changed in place after it was used: clone it before") from error
+        outputs = Outputs(self.names, kept, True) if self.names else contextlib.nullcontext()
+        now = random_state(self.random)
+        with contextlib.ExitStack() as stack:
+            stack.callback(set_random_state, now)
+            set_random_state(self.random)
+            for kind, dtype, enabled in self.regions:
+                stack.enter_context(torch.autocast(kind, dtype, enabled, self.cached))
+            for context in (*self.modes, torch.enable_grad(), outputs,
+                            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)):
+                stack.enter_context(context)
+            with contextlib.suppress(Enough):
+                self.fn(*args, **kwargs)
+        if len(found) < len(self.facts):
+            raise RuntimeError(f"checkpoint: {self.fn} saved {len(self.facts)} tensors at first, "
+                               f"{len(found)} when it ran again: it must do the same twice")
+        self.tensors = found
+
+    def check(self, i, x):
+        *was, value = self.facts[i]
+        now = [x.shape, x.dtype, x.device]
+        same = value is None or torch.equal(value.nan_to_num(), x.nan_to_num())
+        if was == now and same:
+            return
+        what = "other values" if was == now else (
+            f"{tuple(x.shape)} {x.dtype}, at first {tuple(was[0])} {was[1]}")
+        lines = [line for line in traceback.extract_stack()
+                 if "torch" not in pathlib.Path(line.filename).parts and line.filename != __file__]
+        where = f"{lines[-1].filename}:{lines[-1].lineno}: {lines[-1].line}" if lines else "?"
+        raise RuntimeError(f"checkpoint: {self.fn} is not the same when it runs again: of the "
+                           f"{len(self.facts)} tensors it saves number {i}, in {where}, has {what}")
+
+
+def unpack(handle):
+    frame, i = handle
+    if i not in frame.tensors:                  # the first, or a second backward
+        frame.second_run()
+    return frame.tensors.pop(i)
+
+
+def random_state(devices):
+    """-> {device: state}, of the CPU, these devices, and the current GPU."""
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    devices = set(devices)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
+    for device in devices:
+        if device.type == "cuda":
+            states[device] = torch.cuda.get_rng_state(device)
+        elif device.type == "mps":
+            states[device] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_state(states):
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        elif device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.mps.set_rng_state(state)
+
+
+def checkpoint(fn, *args, compare=False, **kwargs):
+    """-> fn(*args, **kwargs); what fn's operations save for backward is computed again there.
+
+    args, kwargs: anything; tensors in lists, tuples, dicts are found, too. fn: any function, also
+    of parameters it closes over; it must do the same twice. compare: also check that it gives the
+    same values (for debugging: keeps everything). ValueError: fn returns no tensor. RuntimeError,
+    in backward: an input was changed in place, or the second run differs; names the tensor."""
+    if not torch.is_grad_enabled():
+        return fn(*args, **kwargs)
+    return Frame(fn, args, kwargs, None, compare).first_run(args, kwargs)
+
+
+def selective_checkpoint(fn, *args, save=EXPENSIVE, compare=False, **kwargs):
+    """The same, but outputs of the operations in `save`, names such as "mm", are kept. ValueError:
+    one of them was changed in place."""
+    if not torch.is_grad_enabled():
+        return fn(*args, **kwargs)
+    return Frame(fn, args, kwargs, frozenset(save), compare).first_run(args, kwargs)
+
+
+def checkpoint_sequential(fns, segments, x):
+    """fns one after the other, in segments (None: about sqrt(n)), all but the last recomputed: its
+    turn comes at once, when nothing of the others is there yet."""
+    fns = list(fns)
+    segments = round(math.sqrt(len(fns))) if segments is None else segments
+    if not 1 <= segments <= len(fns):
+        raise ValueError(f"segments={segments} of {len(fns)} functions: pick 1 to {len(fns)}")
+
+    def run(part, x):
+        for fn in part:
+            x = fn(x)
+        return x
+
+    ends = [round(i * len(fns) / segments) for i in range(segments + 1)]
+    for start, end in zip(ends[:-2], ends[1:-1]):
+        x = checkpoint(run, fns[start:end], x)
+    return run(fns[ends[-2]:], x)
+
+
+def choose(sizes, flops, budget):
+    """Which to keep, the others being computed again: exact 0/1 knapsack. sizes: bytes that keeping
+    each costs, flops: what it saves, budget: bytes. -> indices, sorted; ValueError: budget < 0."""
+    if budget < 0 or len(sizes) != len(flops) or min([*sizes, *flops, 0]) < 0:
+        raise ValueError(f"budget={budget}, {len(sizes)} sizes, {len(flops)} flops: need as many "
+                         f"of both, and nothing below 0")
+    front = [(0, 0, ())]                        # (bytes, FLOPs, indices), each worth its bytes
+    for i, (size, flop) in enumerate(zip(sizes, flops)):
+        more = [(b + size, f + flop, kept + (i,)) for b, f, kept in front if b + size <= budget]
+        best, merged = -1, []
+        for b, f, kept in sorted(front + more, key=lambda state: (state[0], -state[1])):
+            if f > best:                        # else another has more for fewer bytes
+                merged.append((b, f, kept))
+                best = f
+        front = merged
+    return list(front[-1][2])
+
+
+class Made(TorchDispatchMode):
+    """with Made() as memory: ... -> memory.peak, most bytes at once of the storages made in it;
+    memory.all, where they lay."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self.alive, self.all = 0, {}, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {storage._cdata for storage in storages_in((args, kwargs))}
+        for storage in storages_in(out):
+            if storage._cdata not in old:                   # else a view, or changed in place
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.all.add(storage.data_ptr())
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def storages_in(tree):
+    return [x.untyped_storage() for x in tree_flatten(tree)[0] if isinstance(x, torch.Tensor)]
+
+
+def saved_bytes(fn, *args, **kwargs):
+    """Bytes that a call keeps for its backward, each storage once: of its inputs and of what it
+    makes; not what exists anyway, as parameters do. On any device."""
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with Made() as memory, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = fn(*args, **kwargs)               # held: else its graph and tensors would be gone
+    counted = memory.all | {storage.data_ptr() for storage in storages_in((args, kwargs))}
+    del out
+    return sum(size for place, size in saved.items() if place in counted)
+
+
+def plan(fns, x, budget=None):
+    """Which of fns (each takes what the one before gives) to recompute, so that all together keep
+    at most `budget` bytes for backward, at the least FLOPs. Decides by what each layer measures.
+    budget: bytes; a float from 0 (recompute all) to 1 (nothing); None: what the GPU has left.
+    -> indices, sorted. ValueError: not even recomputing all would fit."""
+    plain, least, flops = [], [], []
+    for fn in fns:
+        x = x.detach().requires_grad_()
+        plain.append(saved_bytes(fn, x))
+        least.append(saved_bytes(checkpoint, fn, x))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            x = fn(x)
+        flops.append(counter.get_total_flops())
+    if budget is None:
+        budget = torch.cuda.mem_get_info(x.device)[0]
+    if isinstance(budget, float):
+        if not 0 <= budget <= 1:
+            raise ValueError(f"budget={budget}: as a fraction it must lie in 0 to 1")
+        budget = sum(least) + int(budget * (sum(plain) - sum(least)))
+    if budget < sum(least):
+        raise ValueError(f"budget={budget} bytes, but the inputs alone take {sum(least)}: allow "
+                         f"more, or use smaller batches")
+    extra = [max(0, a - b) for a, b in zip(plain, least)]
+    # Reversed, so that of equals the last are kept: backward frees them before it recomputes.
+    kept = choose(extra[::-1], flops[::-1], budget - sum(least))
+    return [i for i in range(len(fns)) if len(fns) - 1 - i not in kept]
+
+
+# ------------------------------------------------------------------ demo
+
+class Block(nn.Module):
+    """A Transformer block: (b, s, h) -> same. scores: as tensors, with dropout (Megatron's, 2022);
+    else fused attention."""
+
+    def __init__(self, h, heads, dropout=0.1, scores=False, core=None):
+        super().__init__()
+        self.heads, self.scores, self.p = heads, scores, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(h), nn.LayerNorm(h)
+        self.qkv, self.o = nn.Linear(h, 3 * h), nn.Linear(h, h)
+        self.up, self.down = nn.Linear(h, 4 * h), nn.Linear(4 * h, h)
+        self.around_core = core or (lambda fn, *args: fn(*args))        # how attention's core runs
+
+    def core(self, q, k, v):                                # each (b, heads, s, h / heads)
+        if not self.scores:
+            return F.scaled_dot_product_attention(q, k, v)
+        scores = q @ (k * k.shape[-1] ** -0.5).mT
+        return dropout(scores.softmax(-1), self.p) @ v
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = self.around_core(self.core, *qkv).transpose(1, 2).flatten(2)
+        x = x + dropout(self.o(y), self.p)
+        return x + dropout(self.down(F.gelu(self.up(self.norm2(x)))), self.p)
+
+
+def dropout(x, p):
+    return torch.native_dropout(x, p, True)[0] if p else x  # its mask takes a byte an element
+
+
+def plainly(fn, *args, **kwargs):
+    return fn(*args, **kwargs)
+
+
+def check(ok, claim, measured):
+    """Print one claim with what was measured; stop with exit code 1 if it does not hold."""
+    print(f"{'ok  ' if ok else 'FAIL'} {claim:<64} {measured}")
+    if not ok:
+        raise AssertionError(f"claim does not hold: {claim}: {measured}")
+
+
+def gradients(way, x, depth=3, region=contextlib.nullcontext):
+    """Of a net that has layers before, between and behind the recomputed blocks, with dropout."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(x.shape[-1], 32), nn.Linear(32, 1)
+    blocks = nn.ModuleList(Block(32, 4) for _ in range(depth))
+    with region():
+        y = first(x)
+        for block in blocks:
+            y = y.tanh() + 0.1 * way(block, y)
+        loss = last(y).float().square().mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad for m in (first, blocks, last) for p in m.parameters())]
+
+
+def demo_gradients():
+    x = torch.randn(2, 8, 16)
+
+    def nested(fn, *args):
+        return checkpoint(functools.partial(checkpoint, fn), *args)
+
+    def bf16():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    for name, way, depth, region in (
+            ("every block recomputed", checkpoint, 3, contextlib.nullcontext),
+            ("selectively", selective_checkpoint, 3, contextlib.nullcontext),
+            ("in itself recomputed blocks", nested, 3, contextlib.nullcontext),
+            ("under autocast", checkpoint, 3, bf16), ("100 blocks", checkpoint, 100,
+                                                      contextlib.nullcontext)):
+        same = [torch.equal(a, b) for a, b in zip(gradients(plainly, x, depth, region),
+                                                  gradients(way, x, depth, region))]
+        check(all(same), f"loss, gradients, dropout too: {name}", f"{len(same)} tensors, bit-equal")
+
+
+def demo_bytes():
+    b, s, h, a = 2, 128, 128, 8
+    x = torch.randn(b, s, h, dtype=torch.bfloat16)
+    first, unit = None, b * s * h
+    print(f"\nbytes kept by a block / sbh (bf16, dropout, as/h = {a * s / h:g})     formula "
+          f" measured     FLOPs")
+    for name, formula, scores, core, way in (
+            ("all", 34 + 5 * a * s / h, True, None, plainly),
+            ("attention's core recomputed", 34, True, checkpoint, plainly),
+            ("all recomputed", 2, True, None, checkpoint),
+            ("all, fused attention", None, False, None, plainly),
+            ("fused, selective: matmuls and attention kept", None, False, None,
+             selective_checkpoint)):
+        torch.manual_seed(0)
+        block = Block(h, a, scores=scores, core=core).bfloat16()
+        own = x.clone().requires_grad_()
+        kept = saved_bytes(way, block, own) / unit
+        with FlopCounterMode(display=False) as counter:
+            way(block, own).sum().backward()
+        first = first or counter.get_total_flops()
+        ratio = counter.get_total_flops() / first
+        print(f"     {name:<50}", f"{formula:7.1f}" if formula else " " * 7, f"{kept:9.2f}",
+              f"{ratio:9.4f}")
+        if formula:
+            check(abs(kept / formula - 1) < 0.05, f"{name}: as Korthikanti 2022, eq. 1 to 6 (5 %)",
+                  f"{kept:.2f}, {formula:g}")
+        if name == "all recomputed":
+            check(abs(ratio - 4 / 3) < 1e-9, "a whole forward more: 4/3 of the FLOPs",
+                  f"{ratio:.6f}")
+
+
+def demo_choice():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        sizes, flops = (torch.randint(1, 100, (9,), generator=generator).tolist() for _ in range(2))
+        budget = sum(sizes) // 2
+        got = sum(flops[i] for i in choose(sizes, flops, budget))
+        best = max(sum(flops[i] for i in kept) for n in range(10)
+                   for kept in itertools.combinations(range(9), n)
+                   if sum(sizes[i] for i in kept) <= budget)
+        if got != best:
+            break
+    check(got == best, "choose() = the best of all 512 choices, 50 random cases", f"{got} = {best}")
+    layers = [nn.Sequential(nn.Linear(64, width), nn.GELU(), nn.Linear(width, 64))
+              for width in [2048] * 2 + [64] * 8]
+    x = torch.randn(256, 64)
+    again = plan(layers, x, 0.3)
+    check(again == [0, 1], "what is big is recomputed, not what comes late",
+          f"layers {again} of 2 big, 8 small ones")
+    blocks = [Block(64, 4) for _ in range(16)]
+    x = torch.randn(2, 32, 64)
+    one, most = saved_bytes(blocks[0], x.requires_grad_()), {}
+    for k in (1, 2, 4, 8, 16):                              # k inputs; one segment at a time
+        most[k] = (k - 1) * x.nbytes + 16 // k * one
+    print("\n16 layers in k segments, MB at most: ",
+          ", ".join(f"k = {k}: {size / 1e6:.2f}" for k, size in most.items()))
+
+
+def ways_of(blocks, x):
+    """-> {name: how to run the blocks}: fractions of the memory, selective, and torch's own two."""
+    from torch.utils.checkpoint import (CheckpointPolicy, checkpoint as torch_checkpoint,
+                                        create_selective_checkpoint_contexts)
+
+    def some(again):
+        def run(x):
+            for i, block in enumerate(blocks):
+                x = checkpoint(block, x) if i in again else block(x)
+            return x
+        return run
+
+    def every(way):
+        def run(x):
+            for block in blocks:
+                x = way(block, x)
+            return x
+        return run
+
+    def policy(context, op, *args, **kwargs):
+        keep = op.name().split("::")[1].split(".")[0] in EXPENSIVE
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def torch_selective(block, x):
+        return torch_checkpoint(block, x, use_reentrant=False, context_fn=functools.partial(
+            create_selective_checkpoint_contexts, policy))
+
+    ways = {part / 8: some(plan(blocks, x, part / 8)) for part in range(9)}
+    ways["selective"] = every(selective_checkpoint)
+    ways["torch, all"] = every(functools.partial(torch_checkpoint, use_reentrant=False))
+    ways["torch, selective"] = every(torch_selective)
+    return ways
+
+
+def measure(depth, h, s, rounds, device="cpu", dtype=torch.float32):
+    """-> {name of a way: (MB at its peak, median ms) of forward and backward}, the ways in turn."""
+    torch.manual_seed(0)
+    blocks = [Block(h, h // 32, dropout=0.0).to(device, dtype) for _ in range(depth)]
+    x = torch.randn(4, s, h, device=device, dtype=dtype, requires_grad=True)
+    ways, times, peaks = ways_of(blocks, x), {}, {}
+    for name, run in ways.items():
+        run(x).square().mean().backward()                   # the parameters' .grad exist from now
+        with Made() as memory:
+            run(x).square().mean().backward()
+        peaks[name] = memory.peak / 1e6
+    for _ in range(rounds + 2):                             # two to warm up
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run(x).square().mean().backward()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
+    return {name: (peaks[name], statistics.median(times[name][2:])) for name in ways}
+
+
+def draw(points):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("skipped: figure (pip install matplotlib)")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    whole = points[1.0]
+    curve = [(100 * mb / whole[0], ms / whole[1]) for name, (mb, ms) in points.items()
+             if isinstance(name, float)]
+    axes.plot(*zip(*curve), "o-", label="plan(): 0 to 12 blocks recomputed")
+    for name, style in (("selective", "C2D"), ("torch, all", "C1x"), ("torch, selective", "C3+")):
+        mb, ms = points[name]
+        axes.plot(100 * mb / whole[0], ms / whole[1], style, ms=10, mew=2, label=name)
+    axes.axhline(4 / 3, color="0.7", ls="--", lw=1)
+    axes.annotate("4/3: the FLOPs of one forward more", (72, 1.342), color="0.5", fontsize=8)
+    axes.set(xlabel="peak memory of forward and backward, % of keeping all",
+             ylabel="time, 1 = keep all", xlim=(0, 103),
+             title="Memory against time: 12 blocks, kept or recomputed")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    folder = pathlib.Path(__file__).parent / "figures"
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / "checkpoint.png", dpi=100)
+
+
+def report(points):
+    for name, (mb, ms) in points.items():
+        label = f"plan(), {name:.3f}" if isinstance(name, float) else name
+        print(f"     {label:<20} {mb:8.2f} MB {ms:9.2f} ms   {ms / points[1.0][1]:.2f}x")
+
+
+def demo():
+    demo_gradients()
+    demo_bytes()
+    demo_choice()
+    print("\n12 blocks, h = 128, 512 tokens: peak memory of forward and backward, time")
+    points = measure(12, 128, 128, 5)
+    report(points)
+    peaks = [mb for name, (mb, _) in points.items() if isinstance(name, float)]
+    check(peaks == sorted(peaks) and peaks[0] < 0.5 * peaks[-1], "less and less kept: lower peaks",
+          f"{peaks[-1]:.1f} to {peaks[0]:.1f} MB")
+    (ours, _), (theirs, _) = points["selective"], points["torch, selective"]
+    check(points[0.0][0] <= points["torch, all"][0] and ours < theirs,
+          "peak no higher than torch.utils.checkpoint's; selective: lower",
+          f"{ours:.1f}, {theirs:.1f} MB")
+    draw(points)
+
+
+def bench():
+    """Ours beside torch.utils.checkpoint, which keeps the same or more."""
+    cuda = torch.cuda.is_available()
+    sizes = ((12, 1024, 2048), (12, 2048, 2048)) if cuda else ((12, 128, 128), (6, 256, 256))
+    for depth, h, s in sizes:
+        print(f"{depth} blocks, h = {h}, 4 x {s} tokens")
+        points = measure(depth, h, s, 15, *(("cuda", torch.bfloat16) if cuda else ()))
+        report(points)
+        for ours, theirs in ((0.0, "torch, all"), ("selective", "torch, selective")):
+            print(f"     ours / {theirs}: {points[ours][0] / points[theirs][0]:.2f} of the peak, "
+                  f"{points[ours][1] / points[theirs][1]:.2f} of the time")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="activation recomputation: demo, or step times")
+    parser.add_argument("--bench", action="store_true", help="only times, medians of 15")
+    bench() if parser.parse_args().bench else demo()
