@@ -5336,6 +5336,51 @@ def test_model_stages_are_cut_so_that_the_slowest_is_as_fast_as_can_be():
         assert slowest([len(blocks) for blocks in cut]) <= 1.05 * best, (layers, n, vocabulary, cut)
 
 
+def check_recomputed_models(module):
+    """Every way of recomputing gives the same bits, in each architecture, in whole and in stages."""
+    ids = torch.randint(0, 11, (2, 16), generator=seeded())
+    for changes in ({}, OLD, dict(norm="layernorm", position="alibi", mlp="gelu", tied=True)):
+        want = None
+        for how in ("none", "full", "selective", 0.0, 0.5, 1.0):
+            config = Config(**{**SMALL, "layers": 4, "dropout": 0.2, **changes})
+            with torch.no_grad():
+                model = randomised(module.GPT(config))
+            model.set_recompute(how, 2)
+            expected = {"none": [], "full": [0, 1, 2, 3], "selective": [0, 1, 2, 3], 0.0: [0, 1, 2, 3],
+                        0.5: [0, 1], 1.0: []}[how]
+            assert sorted(model.recompute) == expected, how
+            for staged in (False, True):
+                torch.manual_seed(0)
+                model.zero_grad()
+                x = ids
+                for i in range(3 if staged else 0):
+                    x = model.stage(i, 3)(x)
+                loss = module.vocab_parallel_cross_entropy(x, ids) if staged else model(x, ids)[1]
+                loss.backward()
+                got = [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+                want = want or got
+                assert all(torch.equal(a, b) for a, b in zip(got, want)), (changes, how, staged)
+            if changes == {}:
+                kept = checkpoint.saved_bytes(lambda ids: model(ids, ids)[1], ids)
+                if how == "none":
+                    whole = kept
+                share = {"none": 1, 1.0: 1, "selective": 0.85, "full": 0.5, 0.0: 0.5, 0.5: 0.7}[how]
+                assert kept <= share * whole, f"{how} keeps {kept} of {whole} bytes"
+    model.eval()
+    assert model.generate(ids[:, :4], 6).shape == (2, 10)
+
+
+def test_model_recomputation_changes_no_bit(module=model_module):
+    check_recomputed_models(module)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("return self.recompute[i](self.blocks[i], x, **kwargs)", "return self.blocks[i](x, **kwargs)"),
+    ("self.numbers, self.run_block = blocks,", "self.numbers, self.run_block = blocks[::-1],")])
+def test_model_the_recomputation_check_notices(line, broken):
+    assert_caught(check_recomputed_models, mutant("model", line, broken))
+
+
 def test_model_stages_refuse_a_memory():
     with pytest.raises(ValueError, match="a memory does not travel"):
         GPT(Config(**{**SMALL, **OLD, "cross_attention": True})).stage(0, 1)
@@ -5672,6 +5717,20 @@ def test_train_bf16_without_the_instruction_is_fp32_and_says_so(corpus, tmp_path
     assert "no bf16 instruction on this cpu: what would be bf16 is fp32" in capsys.readouterr().out
 
 
+def test_train_recomputation_changes_no_bit_in_any_layout(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "2", "--eval-every", "2", "--dropout", "0.1",
+            "--optimizer", "adamw", "--layers", "4"]
+    for i, (how, n, *layout) in enumerate((
+            ("full", 1, "--dtype", "bf16"), ("selective", 1, "--dtype", "fp8"),
+            ("selective", 2, "--zero", "3", "--dtype", "fp16"), ("0.5", 3, "--zero", "3"),
+            ("full", 4, "--tp", "2", "--sequence-parallel"), ("selective", 2, "--tp", "2"),
+            ("full", 2, "--pp", "2", "--schedule", "zb-h1"),
+            ("0.3", 2, "--pp", "2", "--schedule", "interleaved", "--dtype", "bf16"))):
+        runs = [ranks.run(_train_low, n, [*argv, *layout, "--recompute", each, "--out",
+                                          str(tmp_path / f"{i}_{each}")])[0] for each in ("none", how)]
+        assert runs[0] == runs[1], (how, n, layout)
+
+
 def test_train_an_earlier_run_is_kept(ranks, corpus, tmp_path):
     argv = [*TINY, "--data", corpus, "--steps", "2", "--out", str(tmp_path / "run")]
     first = ranks.run(_train, 1, argv)[0]
@@ -5722,6 +5781,8 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--dtype", "fp8", "--hidden", "40", *new], "fp8 needs multiples of 16"),
         (["--data", corpus, "--dtype", "fp8", "--pp", "2", "--schedule", "zb-h1", *new], "use 1f1b"),
         (["--data", corpus, "--dtype", "int8", *new], "choose from"),
+        (["--data", corpus, "--recompute", "1.5", *new], "1.5: use none, full, selective, or a share"),
+        (["--data", corpus, "--recompute", "some", *new], "some: use none, full, selective"),
         (["--resume", *new], "no checkpoint"),
         (["--resume", "--dim", "64", "--out", str(out)], "dim = 32, this run has 64"),
         (["--resume", "--data", __file__, "--out", str(out)], "saved with data"),
@@ -5805,13 +5866,13 @@ def test_train_a_diverging_run_stops_with_an_error(ranks, corpus, tmp_path):
 
 # ------------------------------------------------------------------ the house
 
-PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "tp", "pp", "amp", "data",
-         "resume", "metrics"}
+PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "tp", "pp", "amp",
+         "checkpoint", "data", "resume", "metrics"}
 MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
-    "model": {"rope", "flash_attn", "tp"},
+    "model": {"rope", "flash_attn", "tp", "checkpoint"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "data", "resume", "metrics"}}
-LONGEST = {"model": 420, "train": 455, "zero": 600, "tp": 540, "pp": 800,
+LONGEST = {"model": 450, "train": 470, "checkpoint": 600, "zero": 600, "tp": 540, "pp": 800,
            "amp": 905}                                        # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
