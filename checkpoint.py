@@ -10,15 +10,16 @@ counted twice, and parameters, many outputs and autograd.grad need no special ca
 outputs of expensive operations (matmuls, attention) are kept, the second run takes them from there.
 
 Cost     a Transformer block (width h, s tokens, batch b, a heads), bytes kept in fp16 with dropout
-         and the scores as tensors: all sbh (34 + 5as/h); attention's core again: 34 sbh, + 2 to 4 %
-         FLOPs; everything again: 2 sbh, + 1/3 FLOPs. n equal layers in k segments keep k inputs and
-         n/k layers at a time: least for k = sqrt(n), for one forward more
+         and the scores as tensors: all sbh (34 + 5as/h); attention's core again: 34 sbh, about 2 %
+         more FLOPs; everything again: 2 sbh, 1/3 more FLOPs. n equal layers in k segments: k inputs
+         and n/k layers at a time; least for k = sqrt(a n), where a layer keeps a times its input
 Paper    Chen et al. 2016, section 4 (arXiv 1604.06174); Korthikanti et al. 2022, sections 4 and 5
          (2205.05198)
 Run      python checkpoint.py            claims and figures/checkpoint.png, about 20 s
          python checkpoint.py --bench    step times beside torch.utils.checkpoint
 Left out graphs on several GPUs of one process, kernels that are no torch operations (selective runs
-         them again), functions that change what they close over: the second run would see it
+         them again), functions that change what they close over: the second run would see it;
+         random numbers of Python, NumPy and generators of one's own
 """
 
 import argparse
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 # The operations whose outputs selective_checkpoint() keeps: those that cost most FLOPs per byte.
@@ -237,8 +238,9 @@ def selective_checkpoint(fn, *args, save=EXPENSIVE, compare=False, **kwargs):
 
 
 def checkpoint_sequential(fns, segments, x):
-    """fns one after the other, in segments (None: about sqrt(n)), all but the last recomputed: its
-    turn comes at once, when nothing of the others is there yet."""
+    """fns one after the other, in segments, all but the last recomputed: its turn comes at once,
+    when nothing of the others is there yet. None: about sqrt(n), as for layers that keep as much
+    as goes in (Chen 2016); more segments need less memory if they keep more."""
     fns = list(fns)
     segments = round(math.sqrt(len(fns))) if segments is None else segments
     if not 1 <= segments <= len(fns):
@@ -471,8 +473,8 @@ def demo_choice():
     one, most = saved_bytes(blocks[0], x.requires_grad_()), {}
     for k in (1, 2, 4, 8, 16):                              # k inputs; one segment at a time
         most[k] = (k - 1) * x.nbytes + 16 // k * one
-    print("\n16 layers in k segments, MB at most: ",
-          ", ".join(f"k = {k}: {size / 1e6:.2f}" for k, size in most.items()))
+    print(f"\n16 blocks in k segments, a block keeps {one / x.nbytes:.1f} times its input. MB at most:")
+    print("    ", ",  ".join(f"k = {k}: {size / 1e6:.2f}" for k, size in most.items()))
 
 
 def ways_of(blocks, x):
