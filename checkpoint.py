@@ -5,21 +5,22 @@
 
 Autograd saves tensors for backward. checkpoint() takes each of them away as it is saved, leaving a
 number; when backward first asks for one, the function runs again, with the same inputs, random
-numbers and autocast, until all are there. Gradients flow through the first, real graph: nothing is
+numbers and autocast, until all are there. Gradients flow through the first, real graph: none is
 counted twice, and parameters, many outputs and autograd.grad need no special care. Selective: the
 outputs of expensive operations (matmuls, attention) are kept, the second run takes them from there.
 
 Cost     a Transformer block (width h, s tokens, batch b, a heads), bytes kept in fp16 with dropout
-         and the scores as tensors: all sbh (34 + 5as/h); attention's core again: 34 sbh, about 2 %
-         more FLOPs; everything again: 2 sbh, 1/3 more FLOPs. n equal layers in k segments: k inputs
-         and n/k layers at a time; least for k = sqrt(a n), where a layer keeps a times its input
+         and the scores as tensors: all sbh (34 + 5as/h); attention's core again: 34 sbh, for
+         s / (36h + 6s) more FLOPs (q k' only); all again: 2 sbh, for 1/3 more. n equal layers in k
+         segments: k inputs and n/k layers at a time; least for k = sqrt(c n), if a layer keeps c
+         times its input
 Paper    Chen et al. 2016, section 4 (arXiv 1604.06174); Korthikanti et al. 2022, sections 4 and 5
          (2205.05198)
 Run      python checkpoint.py            claims and figures/checkpoint.png, about 20 s
          python checkpoint.py --bench    step times beside torch.utils.checkpoint
 Left out graphs on several GPUs of one process, kernels that are no torch operations (selective runs
-         them again), functions that change what they close over: the second run would see it;
-         random numbers of Python, NumPy and generators of one's own
+         them again), functions that change what they close over: the second run would see it,
+         and BatchNorm counts twice; random numbers of Python, NumPy, own generators; torch.func
 """
 
 import argparse
@@ -38,14 +39,13 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 # The operations whose outputs selective_checkpoint() keeps: those that cost most FLOPs per byte.
 EXPENSIVE = frozenset("""mm addmm bmm baddbmm _scaled_mm _grouped_mm convolution
     _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-    _scaled_dot_product_attention_math""".split())
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split())
 
 
 class Keep(torch.autograd.Function):
@@ -59,11 +59,12 @@ class Keep(torch.autograd.Function):
 
 
 class Saved:
-    """Any nest of lists, tuples, dicts; its tensors are kept by autograd."""
+    """Any nest of lists, tuples, dicts; its tensors, but for parameters, are kept by autograd."""
 
     def __init__(self, tree):
         self.leaves, self.spec = tree_flatten(tree)
-        tensors = [(i, x) for i, x in enumerate(self.leaves) if isinstance(x, torch.Tensor)]
+        tensors = [(i, x) for i, x in enumerate(self.leaves)
+                   if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter)]
         self.grads = {i: x.requires_grad for i, x in tensors}
         for i, _ in tensors:
             self.leaves[i] = None
@@ -82,22 +83,34 @@ class Enough(BaseException):
 
 
 class Outputs(TorchDispatchMode):
-    """Keeps the outputs of some operations in a list, or takes them from there, in order."""
+    """Keeps the outputs of some operations in a list, (name, output, random state after it) each,
+    or takes them from there, in order."""
 
-    def __init__(self, names, kept, reuse):
+    def __init__(self, names, devices, kept=None):
         super().__init__()
-        self.names, self.kept, self.reuse, self.next = names, kept, reuse, 0
+        self.names, self.devices, self.reused = names, devices, kept and iter(kept)
+        self.kept = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split("::")[1].split(".")[0]
         if name not in self.names:
             return func(*args, **(kwargs or {}))
-        if self.reuse:
-            self.next += 1
-            return self.kept[self.next - 1]
-        out = func(*args, **(kwargs or {}))
-        self.kept.append(out)
+        if self.reused is None:
+            out = func(*args, **(kwargs or {}))
+            drew = torch.Tag.nondeterministic_seeded in func.tags
+            self.kept.append((name, out, random_state(self.devices) if drew else None))
+            return out
+        was, out, state = next(self.reused, ("none", None, None))
+        if was != name:
+            raise RuntimeError(f"checkpoint: a function is not the same when it runs again: "
+                               f"{name}, at first {was}")
+        if state is not None:                               # what comes after draws the same
+            set_random_state(state)
         return out
+
+
+def fresh(x):
+    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
 
 class Frame:
@@ -106,84 +119,104 @@ class Frame:
     def __init__(self, fn, args, kwargs, names, compare):
         self.fn, self.inputs, self.names, self.compare = fn, Saved((args, kwargs)), names, compare
         self.facts, self.tensors = [], {}       # of each saved tensor; those computed again
-        self.kept, self.used = [], 0            # outputs of expensive operations; how many matter
+        self.outputs, self.used = None, 0       # of expensive operations; how many matter
         devices = {x.device for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
         self.random = random_state(devices)
         self.regions = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-                        for kind in {"cpu", *(device.type for device in devices)}
+                        for kind in {device.type for device in (*self.random, *devices)}
                         if torch.amp.is_autocast_available(kind)]
         self.cached = torch.is_autocast_cache_enabled()
         self.modes = _get_current_function_mode_stack()     # such as another autocast
 
     def first_run(self, args, kwargs):
-        outputs = Outputs(self.names, self.kept, False) if self.names else contextlib.nullcontext()
-        hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
-        with hooks, outputs:
-            out = self.fn(*args, **kwargs)
-        if not any(isinstance(x, torch.Tensor) for x in tree_flatten(out)[0]):
-            raise ValueError(f"checkpoint: {self.fn} returned {out!r:.60}: return at least one "
-                             f"tensor")
-        del self.kept[self.used:]               # after the last saved tensor nobody needs them
-        if any(x._version for x in tree_flatten(self.kept)[0] if isinstance(x, torch.Tensor)):
-            raise ValueError(f"checkpoint: {self.fn} changes in place what one of "
-                             f"{sorted(self.names)} gave: take that out of save=, or clone it")
-        self.kept = Saved(self.kept)
+        self.outputs = Outputs(self.names, self.random)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self.pack, unpack), (
+                    self.outputs if self.names else contextlib.nullcontext()):
+                out = self.fn(*args, **kwargs)
+            leaves = tree_flatten(out)[0]
+            if not any(isinstance(x, torch.Tensor) for x in leaves):
+                raise ValueError(f"checkpoint: {self.fn} returned {out!r:.60}: return at least one "
+                                 f"tensor")
+            kept = self.outputs.kept[:self.used]            # the rest comes after all saved tensors
+            if any(x._version for x in tree_flatten(kept)[0] if isinstance(x, torch.Tensor)):
+                raise ValueError(f"checkpoint: {self.fn} changes in place what one of "
+                                 f"{sorted(self.names)} gave: take that out of save=, or clone it")
+            self.outputs = Saved(kept)
+        except BaseException:
+            self.outputs = None                 # else these tensors and their graph hold each other
+            raise
         return out
 
     def pack(self, x):
-        value = x.detach().clone() if self.compare else None
-        self.facts.append((x.shape, x.dtype, x.device, value))
-        self.used = len(self.kept)
+        value = raw(x).clone() if self.compare else None
+        self.facts.append((x.shape, x.dtype, x.device, x._version, value))
+        self.used = len(self.outputs.kept)
         return self, len(self.facts) - 1
 
     def second_run(self):
-        found = {}
+        found, versions = {}, []
 
         def pack(x):
             i = len(found)
             if i < len(self.facts):
                 self.check(i, x)
                 found[i] = x.detach()
+                versions.append(x._version)
             if i + 1 >= len(self.facts):
                 raise Enough
             return x.detach()
 
         try:
             args, kwargs = self.inputs.load()
-            kept = self.kept.load() if isinstance(self.kept, Saved) else self.kept  # still running
+            if isinstance(self.outputs, Saved):
+                kept = self.outputs.load()
+            else:                               # fn itself, still running, asks for a gradient
+                kept = tree_map(fresh, self.outputs.kept)
         except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
             raise RuntimeError(f"checkpoint: an input of {self.fn}, or an output that is kept, was "
                                f"changed in place after it was used: clone it before") from error
-        outputs = Outputs(self.names, kept, True) if self.names else contextlib.nullcontext()
         now = random_state(self.random)
         with contextlib.ExitStack() as stack:
             stack.callback(set_random_state, now)
             set_random_state(self.random)
             for kind, dtype, enabled in self.regions:
                 stack.enter_context(torch.autocast(kind, dtype, enabled, self.cached))
-            for context in (*self.modes, torch.enable_grad(), outputs,
+            for context in (*self.modes, torch.enable_grad(),
                             torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)):
                 stack.enter_context(context)
+            if self.names:
+                stack.enter_context(Outputs(self.names, self.random, kept))
             with contextlib.suppress(Enough):
                 self.fn(*args, **kwargs)
         if len(found) < len(self.facts):
             raise RuntimeError(f"checkpoint: {self.fn} saved {len(self.facts)} tensors at first, "
                                f"{len(found)} when it ran again: it must do the same twice")
+        if versions != [x._version for x in found.values()]:
+            raise RuntimeError(f"checkpoint: {self.fn} changes in place a tensor that backward "
+                               f"needs: clone it before")
         self.tensors = found
 
     def check(self, i, x):
-        *was, value = self.facts[i]
-        now = [x.shape, x.dtype, x.device]
-        same = value is None or torch.equal(value.nan_to_num(), x.nan_to_num())
-        if was == now and same:
+        *was, version, value = self.facts[i]
+        alike = was == [x.shape, x.dtype, x.device]
+        if alike and version == x._version and (value is None or torch.equal(value, raw(x))):
             return
-        what = "other values" if was == now else (
-            f"{tuple(x.shape)} {x.dtype}, at first {tuple(was[0])} {was[1]}")
-        lines = [line for line in traceback.extract_stack()
-                 if "torch" not in pathlib.Path(line.filename).parts and line.filename != __file__]
+        what = f"{tuple(x.shape)} {x.dtype}, at first {tuple(was[0])} {was[1]}"
+        if alike:
+            what = "other values" if version == x._version else "been changed in place since"
+        torchs = pathlib.Path(torch.__file__).parent
+        lines = [line for line in traceback.extract_stack() if line.filename != __file__
+                 and torchs not in pathlib.Path(line.filename).parents]
         where = f"{lines[-1].filename}:{lines[-1].lineno}: {lines[-1].line}" if lines else "?"
         raise RuntimeError(f"checkpoint: {self.fn} is not the same when it runs again: of the "
                            f"{len(self.facts)} tensors it saves number {i}, in {where}, has {what}")
+
+
+def raw(x):                                     # its bytes: NaN equals NaN, and not 0
+    return x.detach().contiguous().flatten().view(torch.uint8)
 
 
 def unpack(handle):
@@ -220,10 +253,12 @@ def set_random_state(states):
 def checkpoint(fn, *args, compare=False, **kwargs):
     """-> fn(*args, **kwargs); what fn's operations save for backward is computed again there.
 
-    args, kwargs: anything; tensors in lists, tuples, dicts are found, too. fn: any function, also
-    of parameters it closes over; it must do the same twice. compare: also check that it gives the
-    same values (for debugging: keeps everything). ValueError: fn returns no tensor. RuntimeError,
-    in backward: an input was changed in place, or the second run differs; names the tensor."""
+    args, kwargs: anything; tensors in lists, tuples, dicts are found, too (but kwargs named compare
+    or save are not fn's). fn: any function, also of parameters it closes over; it must do the same
+    twice. compare: also check that it gives the same values (for debugging: keeps everything).
+    A backward that needs only a part leaves the rest of what was computed until the graph goes.
+    ValueError: fn returns no tensor. RuntimeError, in backward: an input, or another tensor that
+    backward needs, was changed in place, or the second run differs; names the tensor."""
     if not torch.is_grad_enabled():
         return fn(*args, **kwargs)
     return Frame(fn, args, kwargs, None, compare).first_run(args, kwargs)
@@ -259,7 +294,8 @@ def checkpoint_sequential(fns, segments, x):
 
 def choose(sizes, flops, budget):
     """Which to keep, the others being computed again: exact 0/1 knapsack. sizes: bytes that keeping
-    each costs, flops: what it saves, budget: bytes. -> indices, sorted; ValueError: budget < 0."""
+    each costs, flops: what it saves, budget: bytes. -> indices, sorted; ValueError: budget < 0.
+    As many states as there are sums of sizes worth their bytes: few, unless sizes are contrived."""
     if budget < 0 or len(sizes) != len(flops) or min([*sizes, *flops, 0]) < 0:
         raise ValueError(f"budget={budget}, {len(sizes)} sizes, {len(flops)} flops: need as many "
                          f"of both, and nothing below 0")
@@ -277,7 +313,7 @@ def choose(sizes, flops, budget):
 
 class Made(TorchDispatchMode):
     """with Made() as memory: ... -> memory.peak, most bytes at once of the storages made in it;
-    memory.all, where they lay."""
+    memory.all, their addresses."""
 
     def __init__(self):
         super().__init__()
@@ -289,7 +325,7 @@ class Made(TorchDispatchMode):
         for storage in storages_in(out):
             if storage._cdata not in old:                   # else a view, or changed in place
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-                self.all.add(storage.data_ptr())
+                self.all.add(storage._cdata)
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return out
@@ -305,39 +341,39 @@ def saved_bytes(fn, *args, **kwargs):
     saved = {}
 
     def pack(x):
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+        saved[x.untyped_storage()._cdata] = x.untyped_storage()         # held: its address stays
+        return x.detach()                       # not x: a result that its own node holds is a leak
 
     with Made() as memory, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = fn(*args, **kwargs)               # held: else its graph and tensors would be gone
-    counted = memory.all | {storage.data_ptr() for storage in storages_in((args, kwargs))}
+    counted = memory.all | {storage._cdata for storage in storages_in((args, kwargs))}
     del out
-    return sum(size for place, size in saved.items() if place in counted)
+    return sum(storage.nbytes() for place, storage in saved.items() if place in counted)
 
 
-def plan(fns, x, budget=None):
+def plan(fns, x, budget):
     """Which of fns (each takes what the one before gives) to recompute, so that all together keep
     at most `budget` bytes for backward, at the least FLOPs. Decides by what each layer measures.
-    budget: bytes; a float from 0 (recompute all) to 1 (nothing); None: what the GPU has left.
-    -> indices, sorted. ValueError: not even recomputing all would fit."""
-    plain, least, flops = [], [], []
+    budget: an int, bytes; a float from 0.0 (as few as can be) to 1.0 (keep all). -> indices,
+    sorted. ValueError: it can't be so few. The fns run (BatchNorm counts it); random numbers stay.
+    """
+    plain, least, flops, now = [], [], [], random_state({x.device})
     for fn in fns:
         x = x.detach().requires_grad_()
         plain.append(saved_bytes(fn, x))
-        least.append(saved_bytes(checkpoint, fn, x))
+        least.append(min(plain[-1], saved_bytes(checkpoint, fn, x)))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             x = fn(x)
-        flops.append(counter.get_total_flops())
-    if budget is None:
-        budget = torch.cuda.mem_get_info(x.device)[0]
+        flops.append(counter.get_total_flops() + 1)         # + 1: rather keep than recompute
+    set_random_state(now)
     if isinstance(budget, float):
         if not 0 <= budget <= 1:
             raise ValueError(f"budget={budget}: as a fraction it must lie in 0 to 1")
         budget = sum(least) + int(budget * (sum(plain) - sum(least)))
     if budget < sum(least):
-        raise ValueError(f"budget={budget} bytes, but the inputs alone take {sum(least)}: allow "
-                         f"more, or use smaller batches")
-    extra = [max(0, a - b) for a, b in zip(plain, least)]
+        raise ValueError(f"budget={budget} bytes, but the least is {sum(least)}: allow more, or "
+                         f"use smaller batches")
+    extra = [a - b for a, b in zip(plain, least)]
     # Reversed, so that of equals the last are kept: backward frees them before it recomputes.
     kept = choose(extra[::-1], flops[::-1], budget - sum(least))
     return [i for i in range(len(fns)) if len(fns) - 1 - i not in kept]
@@ -411,7 +447,7 @@ def demo_gradients():
     for name, way, depth, region in (
             ("every block recomputed", checkpoint, 3, contextlib.nullcontext),
             ("selectively", selective_checkpoint, 3, contextlib.nullcontext),
-            ("in itself recomputed blocks", nested, 3, contextlib.nullcontext),
+            ("blocks in recomputed blocks", nested, 3, contextlib.nullcontext),
             ("under autocast", checkpoint, 3, bf16), ("100 blocks", checkpoint, 100,
                                                       contextlib.nullcontext)):
         same = [torch.equal(a, b) for a, b in zip(gradients(plainly, x, depth, region),
@@ -445,6 +481,9 @@ def demo_bytes():
         if formula:
             check(abs(kept / formula - 1) < 0.05, f"{name}: as Korthikanti 2022, eq. 1 to 6 (5 %)",
                   f"{kept:.2f}, {formula:g}")
+        if core is not None:
+            check(abs(ratio - 1 - s / (36 * h + 6 * s)) < 1e-9, "only q k' again: s / (36h + 6s)",
+                  f"{ratio - 1:.4f}")
         if name == "all recomputed":
             check(abs(ratio - 4 / 3) < 1e-9, "a whole forward more: 4/3 of the FLOPs",
                   f"{ratio:.6f}")
@@ -473,7 +512,7 @@ def demo_choice():
     one, most = saved_bytes(blocks[0], x.requires_grad_()), {}
     for k in (1, 2, 4, 8, 16):                              # k inputs; one segment at a time
         most[k] = (k - 1) * x.nbytes + 16 // k * one
-    print(f"\n16 blocks in k segments, a block keeps {one / x.nbytes:.1f} times its input. MB at most:")
+    print(f"\n16 blocks, each keeps {one / x.nbytes:.1f} x its input, in k segments: MB at most")
     print("    ", ",  ".join(f"k = {k}: {size / 1e6:.2f}" for k, size in most.items()))
 
 

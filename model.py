@@ -308,11 +308,13 @@ class GPT(nn.Module):
         if how in ways:
             self.recompute = {i: ways[how] for i in mine if how != "none"}
             return
+        if isinstance(how, str) or not 0 <= how <= 1:
+            raise ValueError(f"how={how!r}: pick none, full, selective, or a share from 0 to 1")
         p, T = next(self.blocks[mine[0]].parameters()), self.config.seq_len
         positions = self.positions(0, T, p.device)
         t = T // tp_size(self.tp_group) if self.sequence_parallel else T
         x = torch.zeros(batch_size, t, self.config.dim, dtype=p.dtype, device=p.device)
-        again = plan([functools.partial(self.blocks[i], **positions) for i in mine], x, how)
+        again = plan([functools.partial(self.blocks[i], **positions) for i in mine], x, float(how))
         self.recompute = {mine[i]: checkpoint for i in again}
 
     def enter(self, tokens, start=0):

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import copy
 import faulthandler
+import gc
 import importlib.util
 import itertools
 import json
@@ -4377,6 +4378,94 @@ def test_checkpoint_works_with_autograd_grad_second_derivatives_and_second_backw
         close(x.grad, want, 1e-14, "a gradient inside the function")
 
 
+def check_inner_gradients(m):
+    """fn takes a gradient of its own, with respect to what a kept operation gave."""
+    x, w = (torch.randn(3, 3, generator=seeded(i), dtype=torch.float64, requires_grad=True)
+            for i in range(2))
+
+    def fn(x):
+        h = x @ w
+        g, = torch.autograd.grad((h.tanh() @ w).square().sum(), h, create_graph=True)
+        return (g * h).sin().sum()
+
+    results = []
+    for way in (lambda f, x: f(x), m.checkpoint, m.selective_checkpoint):
+        results.append(torch.autograd.grad(way(fn, x), (x, w)))
+    for other in results[1:]:
+        for got, want in zip(other, results[0]):
+            close(got, want, 1e-12, "a gradient inside the function")
+
+
+def test_checkpoint_functions_may_take_gradients_themselves():
+    check_inner_gradients(checkpoint)
+    assert_caught(check_inner_gradients, mutant(
+        "checkpoint", "kept = tree_map(fresh, self.outputs.kept)", "kept = self.outputs.kept"))
+
+
+def check_kept_random_operations(m):
+    """What is drawn after a kept dropout is the same in the second run."""
+    def fn(x):
+        h = torch.native_dropout(x, 0.5, True)[0].sin()
+        return h * torch.bernoulli(torch.full_like(x, 0.5)) + F.dropout(h, 0.5).exp()
+
+    x, grads = torch.randn(64, generator=seeded(), requires_grad=True), []
+    for way in (lambda f, x: f(x), m.checkpoint,
+                lambda f, x: m.selective_checkpoint(f, x, save={"native_dropout"})):
+        torch.manual_seed(0)
+        grads.append(torch.autograd.grad(way(fn, x).sum(), x)[0])
+    assert all(torch.equal(grad, grads[0]) for grad in grads[1:]), "other random numbers"
+
+
+def test_checkpoint_kept_random_operations_draw_nothing_anew():
+    check_kept_random_operations(checkpoint)
+    assert_caught(check_kept_random_operations, mutant(
+        "checkpoint", "            set_random_state(state)\n        return out", "            pass\n"
+        "        return out"))
+
+
+def check_nothing_leaks(m):
+    """Neither measuring, nor a function that fails, leaves a tensor behind."""
+    x, seen = torch.randn(8, 8, requires_grad=True), []
+
+    def fn(x, fails=True):
+        h = x @ x
+        y = h.exp()
+        seen.extend([weakref.ref(h), weakref.ref(y)])
+        if fails:
+            raise KeyError("out of memory")
+        return y.sum()
+
+    m.saved_bytes(fn, x, fails=False)
+    m.plan([lambda x: fn(x, fails=False) + x], x, 0.5)
+    for way in (m.checkpoint, m.selective_checkpoint):
+        with pytest.raises(KeyError):
+            way(fn, x)
+        way(fn, x, fails=False).backward()
+    gc.collect()
+    assert len(seen) >= 6 and all(ref() is None for ref in seen), "a tensor stays for ever"
+
+
+def test_checkpoint_leaves_no_tensor_behind():
+    check_nothing_leaks(checkpoint)
+    for line, broken in (("return x.detach()                       # not x", "return x  # not x"),
+                         ("            self.outputs = None                 # else", "            pass  # ")):
+        assert_caught(check_nothing_leaks, mutant("checkpoint", line, broken))
+
+
+def test_checkpoint_passes_parameters_as_they_are_and_runs_batch_norm():
+    p = nn.Parameter(torch.ones(3))
+    p.scale = 2.0
+    checkpoint.checkpoint(lambda p: (p * p.scale).exp(), p).sum().backward()
+    close(p.grad, torch.full((3,), 2 * math.exp(2)), 1e-5, "an attribute of a parameter")
+    x, grads = torch.randn(6, 3, generator=seeded(), requires_grad=True), []
+    for way in (lambda f, x: f(x), checkpoint.checkpoint, checkpoint.selective_checkpoint):
+        norm = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.GELU())
+        nn.init.eye_(norm[0].weight)
+        nn.init.zeros_(norm[0].bias)
+        grads.append(torch.autograd.grad(way(norm, x).square().sum(), x)[0])
+    assert all(torch.equal(grad, grads[0]) for grad in grads[1:])
+
+
 def check_second_runs(m):
     """The function runs once more, up to the last tensor that it saves, and only if asked."""
     calls = []
@@ -4536,6 +4625,25 @@ def test_checkpoint_refuses_what_it_cannot_repeat():
         with pytest.raises(RuntimeError, match="number 0, in .*, has other values"):
             way(lambda x: (x * next(noise)).exp(), x, compare=True).sum().backward()
         way(lambda x: (x * math.nan).exp(), x, compare=True).sum().backward()
+        turns2, h = iter([math.nan, 0.0]), x * 2
+        with pytest.raises(RuntimeError, match="number 0, in .*, has other values"):
+            way(lambda x: (x * next(turns2)).exp(), x, compare=True).sum().backward()
+
+        def spoils(x):
+            y = x.exp()
+            y.add_(1)
+            return y.sin()
+
+        with pytest.raises(RuntimeError, match="changes in place a tensor that backward needs"):
+            way(spoils, x).sum().backward()
+        y = way(lambda: h * x.sin())
+        h.add_(1)
+        with pytest.raises(RuntimeError, match="has been changed in place since"):
+            y.sum().backward()
+        with pytest.raises(RuntimeError, match="is not the same when it runs again"):
+            outer = iter((3, 5))                # the message is the outer function's, not the inner's
+            way(lambda x: way(torch.exp, (x.sum() * torch.ones(next(outer))).tanh()),
+                x).sum().backward()
     with pytest.raises(ValueError, match="changes in place what one of"):
         checkpoint.selective_checkpoint(lambda x: x.view(1, 3).mm(x.view(3, 1)).add_(1).exp(), x)
     for segments in (0, 4):
@@ -4545,7 +4653,7 @@ def test_checkpoint_refuses_what_it_cannot_repeat():
         with pytest.raises(ValueError, match="nothing below 0"):
             checkpoint.choose(sizes, flops, budget)
     for budget, message in ((1.5, "must lie in 0 to 1"), (-0.1, "must lie in 0 to 1"),
-                            (10, "the inputs alone take 24")):
+                            (10, "the least is 24: allow more")):
         with pytest.raises(ValueError, match=message):
             checkpoint.plan([torch.sin, torch.tanh], x, budget)
 
@@ -4575,7 +4683,15 @@ def test_checkpoint_the_choice_is_the_best_one():
     plan = checkpoint.plan([nn.Sequential(layer, nn.Tanh()) for layer in layers], torch.ones(8, 64),
                            0.5)
     assert plan == [0, 1, 2], "of equals the last are kept"
-    assert checkpoint.plan(layers, torch.ones(8, 64), 1.0) == []
+    for fns in (layers, [torch.sin, torch.tanh], [nn.Linear(64, 64), nn.GELU(), nn.Identity()],
+                [nn.LayerNorm(64), nn.Dropout(0.5)]):
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        assert checkpoint.plan(fns, torch.ones(8, 64), 1.0) == [], "1.0 keeps all"
+        checkpoint.plan(fns, torch.ones(8, 64), 0.0)
+        assert torch.equal(torch.get_rng_state(), before), "random numbers drawn"
+    with pytest.raises(ValueError, match="pick none, full, selective, or a share"):
+        GPT(Config(**SMALL)).set_recompute("bogus")
 
 
 def test_checkpoint_sequential_is_the_chain_and_wastes_no_last_segment():
@@ -5872,7 +5988,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
     "model": {"rope", "flash_attn", "tp", "checkpoint"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "data", "resume", "metrics"}}
-LONGEST = {"model": 450, "train": 470, "checkpoint": 600, "zero": 600, "tp": 540, "pp": 800,
+LONGEST = {"model": 450, "train": 470, "checkpoint": 640, "zero": 600, "tp": 540, "pp": 800,
            "amp": 905}                                        # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
