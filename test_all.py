@@ -5644,24 +5644,14 @@ def test_train_learns_and_leaves_curve_sample_and_checkpoints(ranks, corpus, tmp
 
 def test_train_nproc_and_torchrun_equal_one_process(corpus, tmp_path):
     argv = [*TINY, "--data", corpus, "--steps", "8"]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    runs = {
-        "one": command(*argv, "--out", str(tmp_path / "one")),
-        "nproc": command(*argv, "--nproc", "2", "--out", str(tmp_path / "nproc")),
-        "torchrun": subprocess.run(
-            [*torchrun, str(HERE / "train.py"), *argv, "--out", str(tmp_path / "torchrun")],
-            capture_output=True,
-            text=True,
-            timeout=240,
-        ),
-    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "2", str(HERE / "train.py"), *argv, "--out", str(tmp_path / "torchrun")]
+    with concurrent.futures.ThreadPoolExecutor(2) as two:               # four ranks at most
+        runs = {"one": two.submit(command, *argv, "--out", str(tmp_path / "one")),
+                "nproc": two.submit(command, *argv, "--nproc", "2", "--out", str(tmp_path / "nproc")),
+                "torchrun": two.submit(subprocess.run, torchrun, capture_output=True, text=True,
+                                       timeout=240)}
+    runs = {name: run.result() for name, run in runs.items()}
     for name, run in runs.items():
         assert run.returncode == 0, run.stderr
         assert f"on {1 if name == 'one' else 2} rank" in run.stdout
