@@ -14,9 +14,10 @@
 S doubles every 2000 good steps; a gradient that is inf or NaN on any rank halves it, and all skip.
 
 Cost     states of Adam, bytes a parameter: 16 in fp32 (4 + 4 + 8) and 16 in mixed precision (2 + 2
-         + 4 + 8): nothing is saved there. Saved: the time of matmuls where the hardware is faster,
-         and a third of the activations under autocast, in which norms and the residual stream stay
-         fp32; half in pure bf16.
+         + 4 + 8): nothing is saved there. Saved: a third of the activations under autocast, where
+         norms and the residual stream stay fp32, half in pure bf16; bytes to move; and the time of
+         matmuls (Tensor Cores; H100 SXM's data sheet, dense TFLOP/s: fp32 67 without them, tf32
+         495, bf16 and fp16 989, fp8 1979)
 Paper    Micikevicius et al. 2018, section 3 (arXiv 1710.03740); Kalamkar et al. 2019 (bfloat16;
          1905.12322); Micikevicius et al. 2022, FP8 formats, table 1 (2209.05433)
 Run      python amp.py            claims and figures/amp.png, about 25 s

@@ -586,7 +586,7 @@ def draw(points):
         mb, ms = points[name]
         axes.plot(100 * mb / whole[0], ms / whole[1], style, ms=10, mew=2, label=name)
     axes.axhline(4 / 3, color="0.7", ls="--", lw=1)
-    axes.annotate("4/3: the FLOPs of one forward more", (72, 1.342), color="0.5", fontsize=8)
+    axes.annotate("4/3: the FLOPs of one forward more", (22, 1.338), color="0.5", fontsize=8)
     axes.set(xlabel="peak memory of forward and backward, % of keeping all",
              ylabel="time, 1 = keep all", xlim=(0, 103),
              title="Memory against time: 12 blocks, kept or recomputed")

@@ -302,7 +302,7 @@ class GPT(nn.Module):
     def set_recompute(self, how, batch_size=1):
         """What backward computes again (checkpoint.py). "none"; "full": all blocks; "selective":
         all but matmuls and attention; 0.0 to 1.0: as many blocks as needed to keep that share of
-        their activations' bytes, measured with batch_size sequences. Not with a memory."""
+        their activations' bytes, measured with batch_size sequences (and without a memory)."""
         mine = [i for i, block in enumerate(self.blocks) if block is not None]
         ways = {"none": None, "full": checkpoint, "selective": selective_checkpoint}
         if how in ways:
