@@ -53,6 +53,9 @@ def _rank(rank, fn, n, path, args):
         fn(*args)
         dist.barrier()                          # leave together: gloo may abort who is still busy
         dist.destroy_process_group()
+        if path is not None:                    # all is done; as Python ends, gloo's threads may
+            sys.stdout.flush()                  # still hold tensors, and abort
+            os._exit(0)
     except Exception:
         sys.stdout.flush()                      # what was printed, the traceback, and end at once:
         sys.excepthook(*sys.exc_info())         # to leave the group in order could wait for ranks

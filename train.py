@@ -463,6 +463,9 @@ def main(argv):
     trainer.finish()
     dist.barrier()                                      # gloo may abort whom others leave behind
     dist.destroy_process_group()
+    if dist.is_torchelastic_launched():                 # as Python ends, gloo's threads may still
+        sys.stdout.flush()                              # hold tensors, and abort
+        os._exit(0)
 
 
 if __name__ == "__main__":
