@@ -137,7 +137,7 @@ class Policy(TorchFunctionMode):
             return x
         if not isinstance(x, nn.Parameter) or x.is_inference():
             return x.to(self.dtype)
-        key = id(x), self.dtype, torch.is_grad_enabled()    # a cast under no_grad has no gradient
+        key = id(x), self.dtype, torch.is_grad_enabled() and x.requires_grad    # else no gradient
         if key not in self.casts or self.casts[key][1] != x._version:
             self.casts[key] = x, x._version, x.to(self.dtype)           # x: that its id stays its
         return self.casts[key][2]
@@ -369,6 +369,7 @@ class MasterWeights:
         return rounded.where(master.isfinite(), master)
 
     def zero_grad(self):
+        self.factor = 1.0                       # also after a step that was skipped
         for p, _, _ in self.parts:
             p.grad = None
 
@@ -399,7 +400,8 @@ class Float8(nn.Module):
     scaling  "dynamic"  one scale per tensor, the largest |element| at 448 (gradients: 57344)
              "delayed"  the same from the largest of the last 16 calls with gradients; what exceeds
                         it is cut off there. A kernel that knows its scale before needs one pass
-                        over a tensor, not two (not here); the history is a state to save
+                        over a tensor, not two (not here); the history is a state to save,
+                        and does not go with recomputation
              "rowwise"  one scale for each row and column of a product: outliers spoil only theirs
     The gradients' products take E5M2 for the gradient, E4M3 for x and W; they add up in fp32 (the
     forward on Hopper with fewer bits). The result is of the type F.linear would return here.
@@ -429,6 +431,9 @@ class Float8(nn.Module):
             return F.linear(x, weight, bias)
         low = F.linear(x.new_empty(0, x.shape[-1]), weight[:0]).dtype   # what autocast would give
         learn = torch.is_grad_enabled()
+        if self.scaling == "delayed" and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError("scaling='delayed' under recomputation: the history has moved on, "
+                               "the second run would differ; use dynamic or rowwise")
         most = self.largest(0, x, learn), self.largest(1, weight, learn)
         y = Float8Product.apply(x.reshape(rows, -1).to(low), weight, self, most)
         y = y.reshape(*x.shape[:-1], -1)

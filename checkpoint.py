@@ -360,6 +360,7 @@ def plan(fns, x, budget):
     plain, least, flops, now = [], [], [], random_state({x.device})
     for fn in fns:
         x = x.detach().requires_grad_()
+        fn(x)                                   # an autocast around keeps its casts of weights now
         plain.append(saved_bytes(fn, x))
         least.append(min(plain[-1], saved_bytes(checkpoint, fn, x)))
         with FlopCounterMode(display=False) as counter, torch.no_grad():

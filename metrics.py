@@ -84,7 +84,7 @@ class Meter:
             points = [(record["step"], record[key]) for record in records
                       if record.get(key) is not None]                   # None: it was NaN
             axes.plot(*zip(*points), style, label=label, markersize=4)
-        step, loss = points[-1]
+        step, loss = points[-1] if points else (0, math.nan)
         axes.set(xlabel="step", ylabel="loss (nats per predicted token)", ylim=(0, None),
                  title=f"Validation loss {loss:.3f} nats per token after {step} steps")
         axes.legend()

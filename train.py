@@ -295,7 +295,7 @@ class Trainer:
             if not (log or check or keep):
                 continue
             loss, norm = self.sum_over_ranks(float(loss))[0] / self.world, float(norm)
-            if not (math.isfinite(loss + norm) or self.scaler):    # a scaler skips such steps
+            if not math.isfinite(loss + (0 if self.scaler else norm)):     # a scaler skips those
                 raise SystemExit(f"error: loss {loss}, gradient norm {norm} at step {self.step}: "
                                  f"lower --lr and start again")
             values = {"loss": loss, "grad_norm": norm,
