@@ -1,0 +1,342 @@
+r"""Mixture of experts: many MLPs, of which each token visits K. More parameters, the same FLOPs.
+
+    scores = softmax(W_r x)    y = sum over the K largest: weight_e * expert_e(x),  sum weight_e = 1
+    expert_e(x) = down_e (silu(gate_e x) * up_e x)
+
+    tokens  a b c d e   choose   a:20 b:21 c:20 d:01 e:20     (E = 3 experts, K = 2)
+    sorted  | a c d e | b d | a b c e |       every expert has its tokens in one piece: a matmul for
+              expert 0   1    expert 2        each, no loop over tokens; then back, weighted, summed
+
+Left alone, the router sends more to whom it already sends much (figures/moe.png). Three cures:
+  aux      E sum_e f_e P_e, f_e the share of choices, P_e the mean score: 1 when balanced, for any K
+  bias     added to the scores for the choice only; after a step up for idle experts, down for busy
+  capacity each expert takes at most factor * S K / E of a rank's S tokens, in token order; the
+           others get nothing from it. Bounds time and memory, does not balance. (S K: all choices)
+
+Expert parallelism: n ranks with their own tokens hold E / n experts each. Rows travel to their
+experts and back, by all-to-all; other gradients are averaged over ranks, as in data parallelism.
+
+Cost     FLOPs of K experts, not E; all E in memory. With n ranks: 4 all-to-alls a step and layer
+         (there and back, forward and backward), each S K C (n-1)/n elements a rank when balanced,
+         and the counts. Kept for backward: S K (2 C + 3 H) elements, dense: S (C + 3 H).
+Paper    Shazeer et al. 2017 (arXiv 1701.06538); Fedus et al. 2021, Switch, eq. 4-6 (2101.03961);
+         Zoph et al. 2022, ST-MoE, z-loss (2202.08906); Jiang et al. 2024, Mixtral (2401.04088);
+         Wang et al. 2024, bias without loss (2408.15664); DeepSeek-V3, section 2.1.2 (2412.19437)
+Run      python moe.py [--nproc N] [--bench]   or   torchrun --nproc-per-node N moe.py [--bench]
+Left out groups of experts, experts that choose tokens (not causal), fp8, exchange hidden behind
+         computing, a gather fused into the product: see DeepEP, Megatron-LM, SonicMoE
+"""
+
+import argparse
+import math
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+# Shape letters: B sequences, T tokens of one, S tokens in all, C width, H width inside an expert,
+# E experts, K chosen by a token, R rows (a token at one of its experts), n ranks, e = E / n.
+
+
+# --- launch (the same lines in every multi-process file; test_all.py compares them) ---
+def _rank(rank, fn, n, path, args):
+    try:
+        if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()
+        else:                                   # they meet in a file: no port to collide with
+            torch.set_num_threads(1)            # n processes share the cores
+            dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)
+        fn(*args)
+        dist.barrier()                          # leave together: gloo may abort who is still busy
+        dist.destroy_process_group()
+        if path is not None:                    # all is done; as Python ends, gloo's threads may
+            sys.stdout.flush()                  # still hold tensors, and abort
+            os._exit(0)
+    except Exception:
+        sys.stdout.flush()                      # what was printed, the traceback, and end at once:
+        sys.excepthook(*sys.exc_info())         # to leave the group in order could wait for ranks
+        os._exit(1)                             # that wait for this one
+
+
+def launch(fn, n, *args):
+    """Run fn(*args) in n new gloo processes, or, once a job, in those torchrun made (its n counts).
+    A rank that fails prints its traceback; the others are stopped, and this raises."""
+    if dist.is_torchelastic_launched():
+        return _rank(None, fn, n, None, args)
+    with tempfile.TemporaryDirectory() as folder:           # daemon: Ctrl-C leaves none behind
+        torch.multiprocessing.spawn(_rank, (fn, n, f"{folder}/store", args), n, daemon=True)
+# --- end launch ---
+
+
+class Sort(torch.autograd.Function):
+    """(S, C) -> (S K, C): row i is the token of choice order[i]; choice j is token j // K's. With
+    back=True the transpose, (S K, C) -> (S, C), which adds up the K rows of a token. Each is the
+    other's backward, and both only read: no atomic additions, so the result is reproducible."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse, k, back):
+        ctx.arguments = order, inverse, k, not back
+        if back:
+            return x[inverse].view(len(x) // k, k, -1).sum(1)
+        return x[order // k]
+
+    @staticmethod
+    def backward(ctx, dy):
+        return Sort.apply(dy, *ctx.arguments), None, None, None, None
+
+
+class Exchange(torch.autograd.Function):
+    """Send sent[r] rows of x to rank r, in order, and receive received[r] from it. Backward: their
+    gradients take the way back."""
+
+    @staticmethod
+    def forward(ctx, x, sent, received, group):
+        ctx.arguments = received, sent, group
+        y = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(y, x.contiguous(), received, sent, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return Exchange.apply(dy, *ctx.arguments), None, None, None
+
+
+class Shared(torch.autograd.Function):
+    """w, used for the tokens of n ranks. The training loss is the mean of the ranks' losses: their
+    gradients add up in w's, which is divided by n, once."""
+
+    @staticmethod
+    def forward(ctx, w, n):
+        ctx.n = n
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx, dw):
+        return dw / ctx.n, None
+
+
+def grouped(x, weight, ends):
+    """x (R, in) @ weight[i].T (in, out) for the rows ends[i-1] to ends[i] -> (R, out). The rows
+    after the last end are no result. On CUDA in bf16: one kernel, and the host does not wait."""
+    low = (x.new_empty(0, 1) @ x.new_empty(1, 0)).dtype         # of a product here: autocast's
+    if one_kernel(x, weight, low):
+        return F.grouped_mm(x.to(low), weight.to(low).mT, offs=ends.int())
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = x.split([*sizes, len(x) - sum(sizes)])
+    products = [F.linear(part, w) for part, w in zip(parts, weight.unbind())]   # unbind: its
+    rest = products[0].new_zeros(len(parts[-1]), weight.shape[1])       # backward is one stack
+    return torch.cat([*products, rest])
+
+
+def one_kernel(x, weight, dtype):
+    aligned = all(size % 8 == 0 for size in weight.shape[1:])           # 16 bytes
+    return x.is_cuda and dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
+
+
+def swiglu(x):                                  # (R, 2 H), gate and up -> (R, H)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def balance_loss(scores, load):
+    """E sum_e f_e P_e: 1 where all experts are equally used, E / K if the same K get everything.
+    Switch eq. 4, with the shares of all S K choices. scores (S, E), load (E,) -> ()
+
+    f is a count, without gradient; what falls is P of those that are chosen too often."""
+    P = (scores / scores.sum(-1, keepdim=True)).sum(0) / max(1, len(scores))
+    f = load / load.sum().clamp(min=1)
+    return len(load) * (f.to(P.dtype) * P).sum()
+
+
+def z_loss(logits):
+    """Mean over tokens of (log sum_e exp logit_e)^2: keeps logits small (ST-MoE, section 3)."""
+    return logits.logsumexp(-1).square().sum() / max(1, len(logits))
+
+
+class MoE(nn.Module):
+    """y, aux = moe(x): (..., C) -> (..., C), and a dict, also where nothing is to be added:
+
+    loss     ()   balance_weight * balance + z_weight * z (balance only if so asked): the caller adds
+                  it to the training loss
+    balance, z    balance_loss and z_loss of these tokens
+    load     (E,) how many choices fell on each expert, before any is dropped (int64)
+    dropped  ()   how many found no place (capacity_factor, in training only)
+
+    dim C, hidden H of one expert. num_shared: experts for all tokens, beside the K chosen.
+    capacity_factor: None drops nothing. balance: "aux" | "bias" (call update_bias once a step) |
+    None. gate: "softmax" | "sigmoid" (scores of their own, DeepSeek-V3). renormalize: the K weights
+    add up to 1; None: where K > 1, as a single weight of 1 would teach the router nothing. jitter:
+    in training the router sees x times 1 -+ jitter (Switch); noisy: logits plus noise of a learned
+    size, in training (Shazeer, eq. 4).
+    group: its ranks hold e experts each, marked p.expert_parallel = group, and have equally many
+    tokens each; then gradients of the experts are means over the group. data_group: ranks over whose
+    tokens `balance` is taken, so that it does not depend on their number (None: group)."""
+
+    def __init__(self, dim, hidden, num_experts, top_k=2, capacity_factor=None, num_shared=0,
+                 balance="aux", group=None, *, gate="softmax", renormalize=None, jitter=0.0,
+                 noisy=False, balance_weight=0.01, z_weight=0.001, data_group=None):
+        super().__init__()
+        n = 1 if group is None else dist.get_world_size(group)
+        problem = None
+        if not 1 <= top_k <= num_experts:
+            problem = f"top_k={top_k} of {num_experts} experts: pick 1 to {num_experts}"
+        elif n < 1 or num_experts % n:
+            problem = f"{num_experts} experts over {n} ranks: pick a multiple of {n}, or fewer ranks"
+        elif capacity_factor is not None and not capacity_factor > 0:
+            problem = f"capacity_factor={capacity_factor}: above 0, such as 1.25; None: no limit"
+        elif balance not in ("aux", "bias", None) or gate not in ("softmax", "sigmoid"):
+            problem = f"balance={balance!r}: aux, bias or None; gate={gate!r}: softmax or sigmoid"
+        elif min(dim, hidden) < 1 or num_shared < 0 or not 0 <= jitter < 1:
+            problem = (f"dim={dim}, hidden={hidden}: at least 1; num_shared={num_shared}: at least "
+                       f"0; jitter={jitter}: from 0 to below 1")
+        if problem:
+            raise ValueError(problem)
+        self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
+        self.balance, self.gate, self.jitter, self.noisy = balance, gate, jitter, noisy
+        self.renormalize = top_k > 1 if renormalize is None else renormalize
+        self.balance_weight, self.z_weight = balance_weight, z_weight
+        self.group, self.n, self.data_group = group, n, data_group or group
+        self.enter = self.leave = None          # set by who splits the experts' width: see forward
+        e, wide = num_experts // n, num_shared * hidden
+        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.noise = nn.Linear(dim, num_experts, bias=False) if noisy else None
+        self.register_buffer("bias", torch.zeros(num_experts) if balance == "bias" else None)
+        self.gate_up = nn.Parameter(torch.empty(e, 2, hidden, dim))
+        self.down = nn.Parameter(torch.empty(e, dim, hidden))
+        if num_shared:                          # together they are one wider expert
+            self.shared_gate_up = nn.Parameter(torch.empty(2, wide, dim))
+            self.shared_down = nn.Parameter(torch.empty(dim, wide))
+        self.num_shared = num_shared
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Normal, variance 1 / fan-in; noise starts even. Experts: drawn for all E, on all ranks."""
+        for name, p in self.named_parameters():
+            parts = self.n if name in ("gate_up", "down") else 1
+            whole = torch.randn(len(p) * parts, *p.shape[1:]) * p.shape[-1] ** -0.5
+            p.copy_(whole.chunk(parts)[dist.get_rank(self.group) if parts > 1 else 0])
+            if parts > 1:
+                p.expert_parallel = self.group
+        if self.noisy:
+            self.noise.weight.zero_()
+
+    @torch.no_grad()
+    def update_bias(self, load, rate=0.001):
+        """After a step: load (E,), the sum of its choices over ranks and microbatches (Wang 2024)."""
+        load = load.to(self.bias)
+        self.bias += rate * torch.sign(load.mean() - load)
+
+    def route(self, x):
+        """x (..., C) -> weight (..., K), expert (..., K), aux. In fp32: small differences decide."""
+        if self.training and self.jitter:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False), torch._C.DisableTorchFunction():
+            logits = F.linear(x.to(exact), self.router.weight.to(exact))        # no autocast here
+            if self.noisy and self.training:
+                size = F.softplus(F.linear(x.to(exact), self.noise.weight.to(exact)))
+                logits = logits + size * torch.randn_like(logits)
+        scores = logits.softmax(-1) if self.gate == "softmax" else logits.sigmoid()
+        by = scores if self.bias is None else scores + self.bias.to(scores)
+        expert = by.detach().topk(self.top_k).indices
+        weight = scores.gather(-1, expert)
+        if self.renormalize:
+            weight = weight / weight.sum(-1, keepdim=True)
+        load = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
+        choices = expert.flatten()                          # no bincount: it makes CUDA wait
+        load.scatter_add_(0, choices, torch.ones_like(choices))
+        seen = load
+        if self.balance == "aux" and self.data_group is not None:
+            seen = load.clone()
+            dist.all_reduce(seen, group=self.data_group)
+        balance, z = balance_loss(scores.flatten(0, -2), seen), z_loss(logits.flatten(0, -2))
+        loss = self.z_weight * z
+        if self.balance == "aux":
+            loss = loss + self.balance_weight * balance
+        return weight, expert, {"loss": loss, "balance": balance, "z": z, "load": load}
+
+    def forward(self, x):
+        """enter, leave: set where ranks share the tokens and split H (model.py): what brings x,
+        weight and expert to all of them, and what adds up their terms of y."""
+        weight, expert, aux = self.route(x)
+        if self.enter is not None:
+            x, weight, expert = self.enter(x, weight, expert)
+        tokens, choices = x.flatten(0, -2), expert.flatten()            # (S, C), (S K,)
+        order, ends = self.sort(choices)
+        aux["dropped"] = len(choices) - ends[-1]
+        inverse = order.argsort()
+        rows = Sort.apply(tokens, order, inverse, self.top_k, False)    # (S K, C), by expert
+        unused = torch.arange(len(rows), device=x.device)[:, None] >= ends[-1]
+        if self.capacity_factor:                # of what is no result, nothing may go on: not NaN
+            rows = rows.masked_fill(unused, 0)
+        out = self.experts(rows, ends) if self.n == 1 else self.travel(rows, ends)
+        if self.capacity_factor:
+            out = out.masked_fill(unused, 0)
+        out = out * weight.flatten()[order, None].to(out.dtype)
+        y = Sort.apply(out, order, inverse, self.top_k, True)           # (S, C)
+        if self.num_shared:
+            h = swiglu(F.linear(tokens, self.shared_gate_up.flatten(0, 1)))
+            y = y + F.linear(h, self.shared_down)
+        y = y.view(*x.shape)
+        return (y if self.leave is None else self.leave(y)), aux
+
+    def sort(self, choices):
+        """choices (S K,), in token order -> order (S K,), which sorts them by expert and keeps the
+        order of tokens; ends (E,): expert i has order[ends[i-1]:ends[i]]. Dropped ones: at the end."""
+        everyone = torch.arange(self.num_experts, device=choices.device)
+        order = choices.argsort(stable=True)
+        ends = torch.searchsorted(choices[order], everyone, right=True)
+        if self.capacity_factor and self.training:
+            capacity = math.ceil(self.capacity_factor * len(choices) / self.num_experts)
+            starts = F.pad(ends[:-1], (1, 0))
+            place = torch.empty_like(order)                 # of each choice, among its expert's
+            place[order] = torch.arange(len(order), device=order.device) - starts[choices[order]]
+            choices = choices.masked_fill(place >= capacity, self.num_experts)
+            order = choices.argsort(stable=True)
+            ends = torch.searchsorted(choices[order], everyone, right=True)
+        return order, ends
+
+    def experts(self, rows, ends):              # (R, C), sorted by expert of this rank -> (R, C)
+        gate_up, down = self.gate_up.flatten(1, 2), self.down
+        if self.n > 1:
+            gate_up, down = Shared.apply(gate_up, self.n), Shared.apply(down, self.n)
+        return grouped(swiglu(grouped(rows, gate_up, ends)), down, ends)
+
+    def travel(self, rows, ends):
+        """Rows (S K, C), sorted by expert of all ranks: to their experts and back -> (S K, C)."""
+        sent = ends.diff(prepend=ends.new_zeros(1))                     # (E,) rows for each expert
+        received = torch.empty_like(sent)                               # (n, e) from each rank
+        dist.all_to_all_single(received, sent, group=self.group)
+        counts = torch.stack([sent.view(self.n, -1).sum(1), received.view(self.n, -1).sum(1)])
+        go, come = counts.tolist()                                      # here the host waits, once
+        here = Exchange.apply(rows[:sum(go)], go, come, self.group)
+        expert = torch.arange(self.num_experts // self.n, device=rows.device).repeat(self.n)
+        order = expert.repeat_interleave(received, output_size=len(here)).argsort(stable=True)
+        inverse = order.argsort()
+        ends = received.view(self.n, -1).sum(0).cumsum(0)
+        out = self.experts(Sort.apply(here, order, inverse, 1, False), ends)
+        out = Exchange.apply(Sort.apply(out, order, inverse, 1, True), come, go, self.group)
+        return F.pad(out, (0, 0, 0, len(rows) - len(out)))              # the dropped
+
+
+def moe_reference(moe, x):
+    """The same in plain words, one token at a time; dropless, alone."""
+    y = []
+    for token in x.flatten(0, -2):
+        scores = (moe.router.weight @ token).softmax(0)
+        weight, expert = scores.topk(moe.top_k)
+        total = torch.zeros_like(token)
+        for w, i in zip(weight / weight.sum(), expert):
+            gate, up = moe.gate_up[i] @ token
+            total = total + w * (moe.down[i] @ (F.silu(gate) * up))
+        y.append(total)
+    return torch.stack(y).view_as(x)
