@@ -164,8 +164,8 @@ def z_loss(logits):
 class MoE(nn.Module):
     """y, aux = moe(x): (..., C) -> (..., C), and a dict, also where nothing is to be added:
 
-    loss     ()   balance_weight * balance + z_weight * z (balance only if so asked): the caller adds
-                  it to the training loss
+    loss     ()   z_weight * z, with balance="aux" plus balance_weight * balance: the caller adds it
+                  to the training loss
     balance, z    balance_loss and z_loss of these tokens
     load     (E,) how many choices fell on each expert, before any is dropped (int64)
     dropped  ()   how many found no place (capacity_factor, in training only)
@@ -176,9 +176,9 @@ class MoE(nn.Module):
     add up to 1; None: where K > 1, as a single weight of 1 would teach the router nothing. jitter:
     in training the router sees x times 1 -+ jitter (Switch); noisy: logits plus noise of a learned
     size, in training (Shazeer, eq. 4).
-    group: its ranks hold e experts each, marked p.expert_parallel = group, and have equally many
-    tokens each; then gradients of the experts are means over the group. data_group: ranks over whose
-    tokens `balance` is taken, so that it does not depend on their number (None: group)."""
+    group: each of its ranks has as many tokens, and holds e experts, marked p.expert_parallel =
+    group, whose gradients are means over the group. data_group: the ranks whose choices count in
+    `balance`, which then does not depend on how many they are (None: group)."""
 
     def __init__(self, dim, hidden, num_experts, top_k=2, capacity_factor=None, num_shared=0,
                  balance="aux", group=None, *, gate="softmax", renormalize=None, jitter=0.0,
@@ -189,7 +189,8 @@ class MoE(nn.Module):
         if not 1 <= top_k <= num_experts:
             problem = f"top_k={top_k} of {num_experts} experts: pick 1 to {num_experts}"
         elif n < 1 or num_experts % n:
-            problem = f"{num_experts} experts over {n} ranks: pick a multiple of {n}, or fewer ranks"
+            problem = (f"{num_experts} experts over {n} ranks: pick a multiple of {n}, or fewer "
+                       f"ranks")
         elif capacity_factor is not None and not capacity_factor > 0:
             problem = f"capacity_factor={capacity_factor}: above 0, such as 1.25; None: no limit"
         elif balance not in ("aux", "bias", None) or gate not in ("softmax", "sigmoid"):
@@ -219,7 +220,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Normal, variance 1 / fan-in; noise starts even. Experts: drawn for all E, on all ranks."""
+        """Normal, variance 1 / fan-in. Experts are drawn for all E, on all ranks: seed them alike."""
         for name, p in self.named_parameters():
             parts = self.n if name in ("gate_up", "down") else 1
             whole = torch.randn(len(p) * parts, *p.shape[1:]) * p.shape[-1] ** -0.5
@@ -231,12 +232,12 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, load, rate=0.001):
-        """After a step: load (E,), the sum of its choices over ranks and microbatches (Wang 2024)."""
+        """Once a step. load (E,): its choices, summed over ranks and microbatches (Wang 2024)."""
         load = load.to(self.bias)
         self.bias += rate * torch.sign(load.mean() - load)
 
     def route(self, x):
-        """x (..., C) -> weight (..., K), expert (..., K), aux. In fp32: small differences decide."""
+        """x (..., C) -> weight and expert (..., K), aux. In fp32: small differences decide."""
         if self.training and self.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         exact = torch.promote_types(x.dtype, torch.float32)
@@ -290,8 +291,8 @@ class MoE(nn.Module):
         return (y if self.leave is None else self.leave(y)), aux
 
     def sort(self, choices):
-        """choices (S K,), in token order -> order (S K,), which sorts them by expert and keeps the
-        order of tokens; ends (E,): expert i has order[ends[i-1]:ends[i]]. Dropped ones: at the end."""
+        """choices (S K,), in token order -> order (S K,), by expert and then in token order, dropped
+        ones at the end; ends (E,): expert i has order[ends[i-1]:ends[i]]."""
         everyone = torch.arange(self.num_experts, device=choices.device)
         order = choices.argsort(stable=True)
         ends = torch.searchsorted(choices[order], everyone, right=True)
@@ -340,3 +341,216 @@ def moe_reference(moe, x):
             total = total + w * (moe.down[i] @ (F.silu(gate) * up))
         y.append(total)
     return torch.stack(y).view_as(x)
+
+
+def check(ok, claim, measured):
+    """Print one claim with what was measured; stop with exit code 1 if it does not hold."""
+    if dist.get_rank() == 0 or not ok:
+        print(f"{'ok  ' if ok else 'FAIL'} {claim:<64} {measured}")
+    if not ok:
+        raise AssertionError(f"claim does not hold: {claim}: {measured}")
+
+
+def demo():
+    rank, n = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    alone = MoE(6, 5, 2 * n + 1, top_k=2).double()                  # one process, all tokens
+    x = torch.randn(2, 13, 6, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn_like(x)
+    (y, aux), wanted = alone(x), moe_reference(alone, x)
+    tensors = [x, *alone.parameters()]
+    pairs = zip(torch.autograd.grad((y * probe).sum(), tensors),
+                torch.autograd.grad((wanted * probe).sum(), tensors))
+    error = max((a - b).abs().max().item() for a, b in [(y, wanted), *pairs])
+    check(error <= 1e-12, "sorted matmuls = a loop over tokens, all gradients",
+          f"{error:.1e} (<= 1e-12), loads {aux['load'].tolist()}")
+
+    even, skewed = torch.full((64, 8), 1 / 8), torch.tensor([56, 8, 0, 0, 0, 0, 0, 0])
+    values = [balance_loss(even, torch.full((8,), 64 * k / 8)).item() for k in (1, 2, 4)]
+    check(values == [1, 1, 1], "balance loss 1 when balanced, for K = 1, 2, 4", f"{values}")
+    logits = torch.zeros(64, 8, requires_grad=True)
+    grads = [torch.autograd.grad(loss(logits.softmax(-1)), logits)[0].abs().max().item()
+             for loss in (lambda p: p.mean(0).var(), lambda p: balance_loss(p, skewed))]
+    check(grads[0] == 0 and grads[1] > 1e-3, "87.5 % on one expert, even scores: variance of the mean "
+          "is blind", f"gradient {grads[0]:.0e}, balance loss {grads[1]:.0e}")
+
+    tight = MoE(6, 5, 4, top_k=1, capacity_factor=1.0).double()
+    roomy = MoE(6, 5, 4, top_k=1).double()
+    roomy.load_state_dict(tight.state_dict())
+    expert = tight.route(x)[1].flatten()
+    place = torch.stack([(expert[:i] == expert[i]).sum() for i in range(26)])
+    kept = (place < 7)[:, None]                             # ceil(1.0 * 26 / 4)
+    (got, aux), want = tight(x), roomy(x)[0]
+    same = torch.equal(got.view(26, 6), want.view(26, 6) * kept)
+    check(same and aux["dropped"] == (~kept).sum() > 0, "the first 7 choices of an expert are kept, "
+          "the rest gives 0", f"{aux['dropped']} of 26 dropped")
+
+    torch.manual_seed(0)
+    E = 2 * n
+    alone, split = MoE(6, 5, E, 2).double(), MoE(6, 5, E, 2, group=dist.group.WORLD).double()
+    mine = dict(alone.state_dict())
+    for name in ("gate_up", "down"):
+        mine[name] = mine[name].chunk(n)[rank]
+    split.load_state_dict(mine)
+    x = torch.randn(n, 5, 6, dtype=torch.float64)
+    (alone(x)[0].square().mean() + alone(x)[1]["loss"]).backward()
+    y, aux = split(x[rank])
+    (y.square().mean() + aux["loss"]).backward()
+    error = (y - alone(x)[0][rank]).abs().max().item()
+    for (name, p), q in zip(split.named_parameters(), alone.parameters()):
+        if hasattr(p, "expert_parallel"):
+            want = q.grad.chunk(n)[rank]
+        else:                                               # what data parallelism does
+            dist.all_reduce(p.grad)
+            p.grad, want = p.grad / n, q.grad
+        error = max(error, (p.grad - want).abs().max().item())
+    check(error <= 1e-12, f"{E} experts on {n} ranks = one process, all gradients",
+          f"{error:.1e} (<= 1e-12)")
+    learn(rank, n)
+
+
+class Net(nn.Module):
+    """The next byte from the last 8: embed, mix, norm, x + experts(x), norm, head."""
+
+    def __init__(self, C, H, E, K, balance):
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(256, 16), nn.Linear(8 * 16, C)
+        self.norms = nn.ModuleList(nn.RMSNorm(C) for _ in range(2))
+        self.moe = MoE(C, H, E, K, balance=balance, balance_weight=0.1)
+        self.head = nn.Linear(C, 256)
+
+    def forward(self, tokens):
+        x = self.mix(self.embed(tokens).flatten(1))
+        y, aux = self.moe(self.norms[0](x))
+        return self.head(self.norms[1](x + y)), aux
+
+
+# name: width of an expert, experts, chosen, balance. H K is the same: so are the FLOPs.
+RUNS = {"dense": (128, 1, 1, None), "left alone": (64, 8, 2, None), "aux loss": (64, 8, 2, "aux"),
+        "bias": (64, 8, 2, "bias")}
+
+
+def train(H, E, K, balance, steps=600):
+    """Learn the source of this Python -> held-out nats per byte, loads (steps, E), 1 = fair share."""
+    torch.manual_seed(0)
+    files = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))
+    text = torch.tensor(list(b"".join(file.read_bytes() for file in files)[:2_000_000]))
+    windows, model, loads = text.unfold(0, 9, 1), Net(64, H, E, K, balance), []
+    known = len(windows) * 9 // 10
+    adamw = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        adamw.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        batch = windows[torch.randint(known, (512,))]
+        logits, aux = model(batch[:, :8])
+        (F.cross_entropy(logits, batch[:, 8]) + aux["loss"]).backward()
+        adamw.step()
+        adamw.zero_grad()
+        if balance == "bias":
+            model.moe.update_bias(aux["load"], rate=0.01)
+        loads.append(aux["load"] * E / aux["load"].sum())
+    with torch.no_grad():
+        held_out = windows[known::20]
+        loss = F.cross_entropy(model.eval()(held_out[:, :8])[0], held_out[:, 8])
+    return loss.item(), torch.stack(loads)
+
+
+def learn(rank, n):
+    mine = {name: train(*RUNS[name]) for name in list(RUNS)[rank::n]}
+    parts = [None] * n
+    dist.all_gather_object(parts, mine)
+    runs = {name: next(part[name] for part in parts if name in part) for name in RUNS}
+    share = {name: loads[-50:].mean(0) for name, (_, loads) in runs.items()}
+    for name, low, high in (("left alone", 1.8, 4), ("aux loss", 1, 1.3), ("bias", 1, 1.3)):
+        most, least = share[name].max().item(), share[name].min().item()
+        check(low <= most <= high, f"{name}: the busiest of 8 gets {low} to {high} x its fair share",
+              f"{most:.2f}, the idlest {least:.2f}")
+    dense, best = runs["dense"][0], max(runs["aux loss"][0], runs["bias"][0])
+    check(best < dense - 0.03, "equal FLOPs in the experts: 4 x the parameters learn more than dense",
+          f"{best:.3f} < {dense:.3f} nats a byte")
+    if rank == 0:
+        draw(runs)
+
+
+def draw(runs):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("skipped: figure (pip install matplotlib)")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    panels = figure.subplots(1, 4, width_ratios=(3, 3, 3, 2))
+    for axes, name in zip(panels, ("left alone", "aux loss", "bias")):
+        loads = runs[name][1]
+        smooth = loads.view(-1, 20, loads.shape[1]).mean(1)
+        axes.plot(torch.arange(len(smooth)) * 20 + 10, smooth, lw=1)
+        axes.axhline(1, color="k", ls="--", lw=1)
+        axes.set(title=name, xlabel="step", ylim=(0, 2.6))
+    panels[0].set_ylabel("load of each of 8 experts\n(1 = its fair share)")
+    losses = [loss for loss, _ in runs.values()]
+    bars = panels[3].barh(range(4), losses, color=["C7", "C3", "C0", "C2"])
+    panels[3].bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
+    panels[3].set(yticks=range(4), yticklabels=list(runs), xlim=(1.7, 1.92), title="equal FLOPs",
+                  xlabel="held-out nats/byte")
+    panels[3].invert_yaxis()
+    folder = pathlib.Path(__file__).parent / "figures"
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / "moe.png", dpi=100)
+
+
+def mask_loop(moe, x):
+    """What one writes first: for each expert, find its tokens, compute, add."""
+    tokens, (weight, expert, _) = x.flatten(0, -2), moe.route(x.flatten(0, -2))
+    y = torch.zeros_like(tokens)
+    for i in range(moe.num_experts):
+        token, choice = torch.where(expert == i)
+        h = swiglu(F.linear(tokens[token], moe.gate_up[i].flatten(0, 1)))
+        y = y.index_add(0, token, F.linear(h, moe.down[i]) * weight[token, choice, None])
+    return y.view_as(x)
+
+
+def bench(rounds):
+    """Median ms of forward and backward, the ways in turn; on CUDA in bf16."""
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    sizes = ([(2048, 1024, 32, 4, 32768), (768, 512, 8, 2, 32768)] if cuda else
+             [(128, 176, 8, 2, 1024), (128, 176, 32, 2, 1024), (256, 384, 8, 2, 2048)])
+    for C, H, E, K, S in sizes:
+        moe, x = MoE(C, H, E, K).to(device, dtype), torch.randn(1, S, C, device=device, dtype=dtype)
+        up, down = (nn.Parameter(torch.randn(shape, device=device, dtype=dtype) / 50)
+                    for shape in ((2 * K * H, C), (C, K * H)))
+        ways = {"dense, equal FLOPs": lambda x: F.linear(swiglu(F.linear(x, up)), down),
+                "loop over experts": lambda x: mask_loop(moe, x), "this MoE": lambda x: moe(x)[0]}
+        try:
+            from transformers import MixtralConfig
+            from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+            config = MixtralConfig(hidden_size=C, intermediate_size=H, num_local_experts=E,
+                                   num_experts_per_tok=K)
+            block = MixtralSparseMoeBlock(config).to(device, dtype)
+            for p in block.parameters():
+                nn.init.normal_(p, std=0.02)
+            ways["transformers' Mixtral"] = block
+        except ImportError:
+            print("skipped: Mixtral (pip install transformers)")
+        times = {way: [] for way in ways}
+        for way, fn in list(ways.items()) * rounds:
+            leaf = x.clone().requires_grad_()
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            fn(leaf).square().mean().backward()
+            if cuda:
+                torch.cuda.synchronize()
+            times[way].append((time.perf_counter() - start) * 1e3)
+        median = {way: torch.tensor(t[3:]).median().item() for way, t in times.items()}
+        print(f"C={C}, H={H}, E={E}, K={K}, {S} tokens, {dtype} on {device}")
+        for way, ms in median.items():
+            rate = 18 * S * K * C * H / ms / 1e9            # 3 matrices, 2 FLOPs, 3 for backward
+            print(f"  {way:<22} {ms:8.2f} ms {rate:8.2f} TFLOP/s   {median['this MoE'] / ms:.2f} = "
+                  f"this MoE / it")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="mixture of experts: demo, or times in ms")
+    parser.add_argument("--nproc", type=int, default=4, help="processes to start (default 4)")
+    parser.add_argument("--bench", action="store_true", help="only times, in one process")
+    args = parser.parse_args()
+    launch(*((bench, 1, 23) if args.bench else (demo, args.nproc)))
