@@ -53,6 +53,7 @@ import ddp
 import flash_attn
 import metrics
 import model as model_module
+import moe
 import muon
 import pp
 import resume
@@ -2393,6 +2394,286 @@ def _zero_in_a_group():
 
 def test_zero_in_a_group_averages_over_the_group(ranks):
     ranks.run(_zero_in_a_group, 3)
+
+
+# ------------------------------------------------------------------ moe.py
+
+def moe_pair(moe, **settings):
+    """A layer of 7 experts, 33 tokens, expert 2 without any -> layer, x, float64."""
+    torch.manual_seed(0)
+    layer = moe.MoE(6, 5, 7, **settings).double()
+    with torch.no_grad():                       # x is positive: these rows decide who is avoided
+        layer.router.weight[2] = -3.0
+        layer.router.weight[4] = 0.4
+    return layer, torch.rand(3, 11, 6, dtype=torch.float64).requires_grad_()
+
+
+def check_moe_equals_the_loop(moe, top_k=3):
+    layer, x = moe_pair(moe, top_k=top_k)
+    (y, aux), want = layer(x), moe.moe_reference(layer, x)
+    assert aux["load"].sum() == 33 * top_k
+    if top_k < 7:
+        assert aux["load"][2] == 0 and aux["load"].max() > 1.5 * 33 * top_k / 7
+    close(y, want, 1e-13, "y")
+    probe, tensors = torch.randn_like(y), [x, *layer.parameters()]
+    for t, a, b in zip(tensors, torch.autograd.grad((y * probe).sum(), tensors),
+                       torch.autograd.grad((want * probe).sum(), tensors)):
+        close(a, b, 1e-12, f"gradient of {tuple(t.shape)}")
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 7])
+def test_moe_sorted_matmuls_equal_a_loop_over_tokens_with_all_gradients(top_k):
+    check_moe_equals_the_loop(moe, top_k)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("out = out * weight.flatten()[order, None].to(out.dtype)", "out = out"),
+    ("x[inverse].view(len(x) // k, k, -1).sum(1)", "x[order].view(len(x) // k, k, -1).sum(1)"),
+    ("return x[order // k]", "return x[order % (len(order) // k)]"),
+    ("weight = weight / weight.sum(-1, keepdim=True)\n", "pass\n"),
+    ("return F.silu(gate) * up", "return F.silu(up) * gate")])
+def test_moe_mutants_without_combine_weights_or_with_another_order_fail(line, broken):
+    assert_caught(check_moe_equals_the_loop, mutant("moe", line, broken))
+
+
+def test_moe_second_derivatives_and_any_leading_shape():
+    layer, x = moe_pair(moe, top_k=2)
+    small = x[:1, :3].detach().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], small)
+    flat, aux = layer(x.flatten(0, 1))
+    close(flat.view_as(x), layer(x)[0], 0)
+    assert flat.shape == (33, 6) and aux["balance"].isfinite()      # not the mean of a scalar
+    y, aux = layer(x[:0])
+    assert y.shape == (0, 11, 6) and aux["loss"] == 0 and not aux["load"].any()
+
+
+def test_moe_equals_the_mixtral_block_of_transformers():
+    pytest.importorskip("transformers", reason="pip install transformers")
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    block = MixtralSparseMoeBlock(MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_local_experts=8, num_experts_per_tok=2,
+        experts_implementation="eager"))
+    layer, x = moe.MoE(16, 24, 8), torch.randn(2, 9, 16, generator=seeded())
+    with torch.no_grad():
+        for p in block.parameters():
+            p.normal_(0, 0.3, generator=seeded(1))
+        layer.router.weight.copy_(block.gate.weight)
+        layer.gate_up.copy_(block.experts.gate_up_proj.view(8, 2, 24, 16))
+        layer.down.copy_(block.experts.down_proj)
+    close(layer(x)[0], block(x), 1e-5)
+
+
+def check_moe_balance_loss(moe):
+    for E, k in ((8, 1), (8, 2), (6, 3)):
+        even, load = torch.full((12, E), 1 / E), torch.full((E,), 12 * k // E)
+        close(moe.balance_loss(even, load), torch.tensor(1.0), 1e-6, f"balanced, K = {k}")
+        one = torch.zeros(E)
+        one[:k] = 1
+        close(moe.balance_loss(one.expand(12, E) / k, one * 12), torch.tensor(E / k), 1e-5)
+    skewed = torch.tensor([56, 8, 0, 0, 0, 0, 0, 0])
+    logits = torch.zeros(64, 8, requires_grad=True)
+    [grad] = torch.autograd.grad(moe.balance_loss(logits.softmax(-1), skewed), logits)
+    assert grad[0, 0] > 1e-3 and grad[0, 2] < 0, grad[0]            # less of 0, more of the idle
+
+
+def test_moe_balance_loss_is_1_when_balanced_for_any_k_and_sees_a_skewed_load():
+    check_moe_balance_loss(moe)
+    assert_caught(check_moe_balance_loss, mutant(
+        "moe", "f = load / load.sum().clamp(min=1)", "f = load / len(scores)"))
+    assert_caught(check_moe_balance_loss, mutant(
+        "moe", "return len(load) * (f.to(P.dtype) * P).sum()", "return len(load) * P.var()"))
+
+
+def test_moe_balance_loss_equals_transformers_up_to_its_top_k_convention():
+    pytest.importorskip("transformers", reason="pip install transformers")
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    logits = torch.randn(40, 8, generator=seeded())
+    for k in (1, 2, 4):
+        load = logits.topk(k).indices.flatten().bincount(minlength=8)
+        theirs = load_balancing_loss_func((logits,), 8, k)          # k at balance, ours 1
+        close(k * moe.balance_loss(logits.softmax(-1), load), theirs, 1e-6)
+
+
+def check_moe_drops(moe):
+    layer, x = moe_pair(moe, top_k=2, capacity_factor=0.7)
+    capacity = math.ceil(0.7 * 33 * 2 / 7)
+    weight, expert, _ = layer.route(x)
+    want, taken, dropped = torch.zeros(33, 6, dtype=torch.float64), [0] * 7, 0
+    for token, ws, es, row in zip(x.flatten(0, 1), weight.flatten(0, 1), expert.flatten(0, 1),
+                                  range(33)):
+        for w, i in zip(ws, es.tolist()):
+            taken[i] += 1
+            if taken[i] > capacity:
+                dropped += 1
+                continue
+            gate, up = layer.gate_up[i] @ token
+            want[row] = want[row] + w * (layer.down[i] @ (F.silu(gate) * up))
+    y, aux = layer(x)
+    assert aux["dropped"] == dropped > 0
+    close(y.flatten(0, 1), want, 1e-13)
+    [dx] = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+    [want_dx] = torch.autograd.grad(want.square().sum(), x)
+    close(dx, want_dx, 1e-12)
+    assert (y.flatten(0, 1).abs().sum(1) == 0).any()                # exactly 0: both were dropped
+    y, aux = layer.eval()(x)
+    assert aux["dropped"] == 0
+    close(y, moe.moe_reference(layer, x), 1e-13)
+
+
+def test_moe_capacity_drops_in_token_order_in_training_only():
+    check_moe_drops(moe)
+    assert_caught(check_moe_drops, mutant("moe", "place >= capacity", "place > capacity"))
+    assert_caught(check_moe_drops, mutant("moe", "order = choices.argsort(stable=True)\n        ends",
+                                          "order = choices.flip(0).argsort(stable=True)\n"
+                                          "        order = len(order) - 1 - order\n        ends"))
+
+
+def test_moe_gates_single_choice_noise_bias_and_shared_experts():
+    layer, x = moe_pair(moe, top_k=1)
+    [grad] = torch.autograd.grad(layer(x)[0].square().sum(), layer.router.weight)
+    assert grad.abs().max() > 1e-3                  # not renormalised to 1: the router learns
+    layer, x = moe_pair(moe, top_k=2, gate="sigmoid", balance="bias", num_shared=2)
+    weight, expert, aux = layer.route(x)
+    close(weight.sum(-1), torch.ones(3, 11).double(), 1e-12)
+    assert aux["loss"] == layer.z_weight * aux["z"]
+    layer.update_bias(aux["load"], rate=0.5)
+    assert layer.bias.unique().tolist() == [-0.5, 0.5]
+    again, chosen, after = layer.route(x)
+    assert after["load"].max() < aux["load"].max()
+    scores = (x @ layer.router.weight.T).sigmoid().gather(-1, chosen)
+    close(again, scores / scores.sum(-1, keepdim=True), 1e-12)      # the bias is in no weight
+    gate, up = x @ layer.shared_gate_up[0].T, x @ layer.shared_gate_up[1].T
+    y, alone = layer(x)[0], copy.deepcopy(layer)
+    alone.num_shared = 0
+    close(y - alone(x)[0], (F.silu(gate) * up) @ layer.shared_down.T, 1e-12)
+    for kind in (dict(jitter=0.3), dict(noisy=True)):
+        layer, x = moe_pair(moe, top_k=2, **kind)
+        first, second = layer(x)[0], layer(x)[0]
+        assert not torch.equal(first, second)
+        layer.eval()
+        assert torch.equal(layer(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("region", [lambda: torch.autocast("cpu", torch.bfloat16),
+                                    lambda: amp.autocast(torch.bfloat16)])
+def test_moe_routes_in_fp32_under_autocast(region):
+    layer, x = moe.MoE(64, 32, 8), torch.randn(2, 50, 64, generator=seeded())
+    weight, expert, _ = layer.route(x)
+    with region():
+        low, same, _ = layer.route(x)
+        y = layer(x)[0]
+    assert torch.equal(weight, low) and torch.equal(expert, same) and y.dtype == torch.bfloat16
+    close(y, layer(x)[0], 0.05)
+
+
+def test_moe_one_kernel_gives_the_same_as_slices():
+    """F.grouped_mm, which CUDA takes, also has a slow form for CPUs."""
+    torch.manual_seed(0)
+    layer = moe.MoE(16, 8, 5, top_k=2, capacity_factor=0.8)
+    x, results = torch.randn(1, 40, 16, requires_grad=True), []
+    for kernel in (False, True):
+        with mock.patch.object(moe, "one_kernel", lambda *_: kernel):
+            y = layer(x)[0]
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    for slices, one in zip(*results):
+        close(one, slices, 1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_moe_on_cuda_equals_the_cpu_and_does_not_wait_for_the_gpu():
+    torch.manual_seed(0)
+    layer = moe.MoE(64, 32, 8, capacity_factor=0.9).bfloat16()
+    x = torch.randn(2, 50, 64).bfloat16()
+    want, there = layer(x)[0], copy.deepcopy(layer).cuda()
+    x = x.cuda()
+    there(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = there(x)[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    close(got.cpu(), want, 0.05)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(top_k=8), "pick 1 to 7"), (dict(top_k=0), "pick 1 to 7"),
+    (dict(capacity_factor=0), "above 0"), (dict(capacity_factor=math.nan), "above 0"),
+    (dict(balance="loss"), "aux, bias or None"), (dict(gate="top"), "softmax or sigmoid"),
+    (dict(num_shared=-1), "at least 0"), (dict(jitter=1), "below 1")])
+def test_moe_bad_input_is_a_value_error_with_the_fix(settings, message):
+    with pytest.raises(ValueError, match=message):
+        moe.MoE(6, 5, 7, **settings)
+
+
+def check_moe_expert_parallel(source, settings):
+    """Ranks with their own tokens, rank 0 with odd loads: = one process, rank by rank."""
+    moe = source if not isinstance(source, tuple) else mutant(*source)
+    rank, n = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    alone = moe.MoE(6, 5, 12, 3, **settings).double()
+    split = moe.MoE(6, 5, 12, 3, group=dist.group.WORLD, **settings).double()
+    with torch.no_grad():                           # the last two experts get nothing, and with
+        alone.router.weight[10:] = -3.0             # n = 4 the last rank only from expert 9
+        if n == 4:
+            alone.router.weight[9] = -3.0
+    state = dict(alone.state_dict())
+    for name in ("gate_up", "down"):
+        state[name] = state[name].chunk(n)[rank]
+    split.load_state_dict(state)
+    x = torch.rand(n, 7, 6, generator=seeded(2), dtype=torch.float64)
+    mine = x[rank].clone().requires_grad_()
+    whole = [x[i].clone().requires_grad_() for i in range(n)]
+    outs = [alone(part) for part in whole]
+    load = sum(aux["load"] for _, aux in outs)
+    want = sum(y.square().mean() for y, _ in outs) / n
+    if settings.get("balance", "aux") == "aux":     # over all tokens together
+        with torch.no_grad():
+            alone.capacity_factor, factor = None, alone.capacity_factor
+        want = want + alone(torch.stack(whole))[1]["loss"]
+        alone.capacity_factor = factor
+    want.backward()
+    y, aux = split(mine)
+    (y.square().mean() + aux["loss"] * (settings.get("balance", "aux") == "aux")).backward()
+    close(y, outs[rank][0], 1e-13, "y")
+    close(mine.grad / n, whole[rank].grad, 1e-12, "dx")
+    assert aux["dropped"] == outs[rank][1]["dropped"]
+    for (name, p), q in zip(split.named_parameters(), alone.parameters()):
+        grad, full = p.grad, q.grad
+        if hasattr(p, "expert_parallel"):
+            full = full.chunk(n)[rank]
+        else:
+            grad = grad.clone()
+            dist.all_reduce(grad)
+            grad /= n
+        close(grad, full, 1e-12, f"gradient of {name}")
+    return load[-12 // n:].sum().item()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_moe_expert_parallel_equals_one_process(ranks, n):
+    idle = ranks.run(check_moe_expert_parallel, n, moe, {})
+    assert n < 4 or idle[0] == 0                    # then the last rank receives nothing
+    ranks.run(check_moe_expert_parallel, n, moe, dict(capacity_factor=0.8, num_shared=1))
+    ranks.run(check_moe_expert_parallel, n, moe, dict(balance="bias", gate="sigmoid"))
+
+
+def test_moe_expert_parallel_mutants_fail(ranks):
+    for line, broken in (("return dw / ctx.n, None", "return dw, None"),
+                         ("dist.all_reduce(seen, group=self.data_group)", "pass"),
+                         ("ctx.arguments = received, sent, group",
+                          "ctx.arguments = sent[::-1], received, group")):
+        with pytest.raises(AssertionError):
+            ranks.run(check_moe_expert_parallel, 2, ("moe", line, broken), {})
+
+
+def test_moe_experts_that_do_not_divide_over_the_ranks_are_refused(ranks):
+    ranks.run(_moe_refused, 2)
+
+
+def _moe_refused():
+    with pytest.raises(ValueError, match="7 experts over 2 ranks: pick a multiple of 2"):
+        moe.MoE(6, 5, 7, group=dist.group.WORLD)
 
 
 # ------------------------------------------------------------------ tp.py
@@ -5989,14 +6270,14 @@ def test_train_a_diverging_run_stops_with_an_error(ranks, corpus, tmp_path):
 # ------------------------------------------------------------------ the house
 
 PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "tp", "pp", "amp",
-         "checkpoint", "data", "resume", "metrics"}
+         "checkpoint", "moe", "data", "resume", "metrics"}
 MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
     "model": {"rope", "flash_attn", "tp", "checkpoint"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "data", "resume", "metrics"}}
 LONGEST = {"model": 450, "train": 475, "checkpoint": 640, "zero": 600, "tp": 545, "pp": 800,
-           "amp": 910, "ddp": 303}                            # others: 300 lines
-MULTI_PROCESS = {"ddp", "zero", "tp", "pp"}
+           "amp": 910, "ddp": 303, "moe": 560}                            # others: 300 lines
+MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()
 
@@ -6012,6 +6293,7 @@ def test_house_imports_go_downwards_and_files_stay_short(name):
     assert imported & set(MAY_IMPORT) == MAY_IMPORT[name]
     allowed = set(sys.stdlib_module_names) | set(MAY_IMPORT)
     allowed |= {"torch", "numpy", "matplotlib", "triton"}
+    allowed |= {"transformers"} if name == "moe" else set()     # for its --bench
     assert imported <= allowed, imported - allowed
     assert ast.get_docstring(tree)
     assert source.count("\n") <= LONGEST.get(name, 300)
