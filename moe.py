@@ -85,7 +85,7 @@ class Sort(torch.autograd.Function):
     def forward(ctx, x, order, inverse, k, back):
         ctx.arguments = order, inverse, k, not back
         if back:
-            return x[inverse].view(len(x) // k, k, -1).sum(1)
+            return x[inverse].view(len(x) // k, k, x.shape[1]).sum(1)
         return x[order // k]
 
     @staticmethod

@@ -2428,7 +2428,7 @@ def test_moe_sorted_matmuls_equal_a_loop_over_tokens_with_all_gradients(top_k):
 
 @pytest.mark.parametrize("line, broken", [
     ("out = out * weight.flatten()[order, None].to(out.dtype)", "out = out"),
-    ("x[inverse].view(len(x) // k, k, -1).sum(1)", "x[order].view(len(x) // k, k, -1).sum(1)"),
+    ("return x[inverse].view", "return x[order].view"),
     ("return x[order // k]", "return x[order % (len(order) // k)]"),
     ("weight = weight / weight.sum(-1, keepdim=True)\n", "pass\n"),
     ("return F.silu(gate) * up", "return F.silu(up) * gate")])
@@ -2540,7 +2540,8 @@ def test_moe_gates_single_choice_noise_bias_and_shared_experts():
     layer.update_bias(aux["load"], rate=0.5)
     assert layer.bias.unique().tolist() == [-0.5, 0.5]
     again, chosen, after = layer.route(x)
-    assert after["load"].max() < aux["load"].max()
+    busy = aux["load"] > 33 * 2 / 7
+    assert after["load"][busy].sum() < aux["load"][busy].sum()
     scores = (x @ layer.router.weight.T).sigmoid().gather(-1, chosen)
     close(again, scores / scores.sum(-1, keepdim=True), 1e-12)      # the bias is in no weight
     gate, up = x @ layer.shared_gate_up[0].T, x @ layer.shared_gate_up[1].T
@@ -2563,7 +2564,8 @@ def test_moe_routes_in_fp32_under_autocast(region):
     with region():
         low, same, _ = layer.route(x)
         y = layer(x)[0]
-    assert torch.equal(weight, low) and torch.equal(expert, same) and y.dtype == torch.bfloat16
+    assert torch.equal(weight, low) and torch.equal(expert, same)
+    assert not torch.equal(y, layer(x)[0])                          # the experts are in bf16
     close(y, layer(x)[0], 0.05)
 
 
@@ -2606,9 +2608,9 @@ def test_moe_bad_input_is_a_value_error_with_the_fix(settings, message):
         moe.MoE(6, 5, 7, **settings)
 
 
-def check_moe_expert_parallel(source, settings):
+def check_moe_expert_parallel(line, settings):
     """Ranks with their own tokens, rank 0 with odd loads: = one process, rank by rank."""
-    moe = source if not isinstance(source, tuple) else mutant(*source)
+    moe = mutant(*line) if line else sys.modules["moe"]
     rank, n = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     alone = moe.MoE(6, 5, 12, 3, **settings).double()
@@ -2652,10 +2654,10 @@ def check_moe_expert_parallel(source, settings):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_moe_expert_parallel_equals_one_process(ranks, n):
-    idle = ranks.run(check_moe_expert_parallel, n, moe, {})
+    idle = ranks.run(check_moe_expert_parallel, n, None, {})
     assert n < 4 or idle[0] == 0                    # then the last rank receives nothing
-    ranks.run(check_moe_expert_parallel, n, moe, dict(capacity_factor=0.8, num_shared=1))
-    ranks.run(check_moe_expert_parallel, n, moe, dict(balance="bias", gate="sigmoid"))
+    ranks.run(check_moe_expert_parallel, n, None, dict(capacity_factor=0.8, num_shared=1))
+    ranks.run(check_moe_expert_parallel, n, None, dict(balance="bias", gate="sigmoid"))
 
 
 def test_moe_expert_parallel_mutants_fail(ranks):
