@@ -7,18 +7,20 @@ r"""Mixture of experts: many MLPs, of which each token visits K. More parameters
     sorted  | a c d e | b d | a b c e |       every expert has its tokens in one piece: a matmul for
               expert 0   1    expert 2        each, no loop over tokens; then back, weighted, summed
 
-Left alone, the router sends more to whom it already sends much (figures/moe.png). Three cures:
+Left alone, the router sends more to whom it already sends much (figures/moe.png). Two cures and a
+limit:
   aux      E sum_e f_e P_e, f_e the share of choices, P_e the mean score: 1 when balanced, for any K
   bias     added to the scores for the choice only; after a step up for idle experts, down for busy
   capacity each expert takes at most factor * S K / E of a rank's S tokens, in token order; the
-           others get nothing from it. Bounds time and memory, does not balance. (S K: all choices)
+           others get nothing from it. Bounds what an expert computes, does not balance
 
 Expert parallelism: n ranks with their own tokens hold E / n experts each. Rows travel to their
 experts and back, by all-to-all; other gradients are averaged over ranks, as in data parallelism.
 
-Cost     FLOPs of K experts, not E; all E in memory. With n ranks: 4 all-to-alls a step and layer
-         (there and back, forward and backward), each S K C (n-1)/n elements a rank when balanced,
-         and the counts. Kept for backward: S K (2 C + 3 H) elements, dense: S (C + 3 H).
+Cost     FLOPs of K experts, and 2 C E a token for the router; all E in memory. With n ranks: 4
+         all-to-alls a step and layer (there and back, forward and backward), each S K C (n-1)/n
+         elements a rank when balanced, and the counts. Kept for backward, elements: S C + S K
+         (2 C + 4 H) and a few per choice; by a dense MLP: S (C + 4 H).
 Paper    Shazeer et al. 2017 (arXiv 1701.06538); Fedus et al. 2021, Switch, eq. 4-6 (2101.03961);
          Zoph et al. 2022, ST-MoE, z-loss (2202.08906); Jiang et al. 2024, Mixtral (2401.04088);
          Wang et al. 2024, bias without loss (2408.15664); DeepSeek-V3, section 2.1.2 (2412.19437)
@@ -109,7 +111,7 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(dy, *ctx.arguments), None, None, None
 
 
-class Shared(torch.autograd.Function):
+class MeanOverRanks(torch.autograd.Function):
     """w, used for the tokens of n ranks. The training loss is the mean of the ranks' losses: their
     gradients add up in w's, which is divided by n, once."""
 
@@ -177,8 +179,9 @@ class MoE(nn.Module):
     in training the router sees x times 1 -+ jitter (Switch); noisy: logits plus noise of a learned
     size, in training (Shazeer, eq. 4).
     group: each of its ranks has as many tokens, and holds e experts, marked p.expert_parallel =
-    group, whose gradients are means over the group. data_group: the ranks whose choices count in
-    `balance`, which then does not depend on how many they are (None: group)."""
+    group (copy.deepcopy drops the mark), whose gradients are means over the group. data_group: the
+    ranks whose choices count in an "aux" loss, so that the mean of theirs is that of all tokens
+    together (None: group). ValueError: numbers that do not fit, with the fix."""
 
     def __init__(self, dim, hidden, num_experts, top_k=2, capacity_factor=None, num_shared=0,
                  balance="aux", group=None, *, gate="softmax", renormalize=None, jitter=0.0,
@@ -205,7 +208,6 @@ class MoE(nn.Module):
         self.renormalize = top_k > 1 if renormalize is None else renormalize
         self.balance_weight, self.z_weight = balance_weight, z_weight
         self.group, self.n, self.data_group = group, n, data_group or group
-        self.enter = self.leave = None          # set by who splits the experts' width: see forward
         e, wide = num_experts // n, num_shared * hidden
         self.router = nn.Linear(dim, num_experts, bias=False)
         self.noise = nn.Linear(dim, num_experts, bias=False) if noisy else None
@@ -259,19 +261,16 @@ class MoE(nn.Module):
         if self.balance == "aux" and self.data_group is not None:
             seen = load.clone()
             dist.all_reduce(seen, group=self.data_group)
-        balance, z = balance_loss(scores.flatten(0, -2), seen), z_loss(logits.flatten(0, -2))
+        balance = balance_loss(scores.reshape(-1, self.num_experts), seen)
+        z = z_loss(logits.reshape(-1, self.num_experts))
         loss = self.z_weight * z
         if self.balance == "aux":
             loss = loss + self.balance_weight * balance
         return weight, expert, {"loss": loss, "balance": balance, "z": z, "load": load}
 
     def forward(self, x):
-        """enter, leave: set where ranks share the tokens and split H (model.py): what brings x,
-        weight and expert to all of them, and what adds up their terms of y."""
         weight, expert, aux = self.route(x)
-        if self.enter is not None:
-            x, weight, expert = self.enter(x, weight, expert)
-        tokens, choices = x.flatten(0, -2), expert.flatten()            # (S, C), (S K,)
+        tokens, choices = x.reshape(-1, x.shape[-1]), expert.flatten()  # (S, C), (S K,)
         order, ends = self.sort(choices)
         aux["dropped"] = len(choices) - ends[-1]
         inverse = order.argsort()
@@ -287,8 +286,7 @@ class MoE(nn.Module):
         if self.num_shared:
             h = swiglu(F.linear(tokens, self.shared_gate_up.flatten(0, 1)))
             y = y + F.linear(h, self.shared_down)
-        y = y.view(*x.shape)
-        return (y if self.leave is None else self.leave(y)), aux
+        return y.view(x.shape), aux
 
     def sort(self, choices):
         """choices (S K,), in token order -> order (S K,), by expert, then in token order, dropped
@@ -309,7 +307,7 @@ class MoE(nn.Module):
     def experts(self, rows, ends):              # (R, C), sorted by expert of this rank -> (R, C)
         gate_up, down = self.gate_up.flatten(1, 2), self.down
         if self.n > 1:
-            gate_up, down = Shared.apply(gate_up, self.n), Shared.apply(down, self.n)
+            gate_up, down = MeanOverRanks.apply(gate_up, self.n), MeanOverRanks.apply(down, self.n)
         return grouped(swiglu(grouped(rows, gate_up, ends)), down, ends)
 
     def travel(self, rows, ends):
@@ -417,7 +415,7 @@ class Net(nn.Module):
         super().__init__()
         self.embed, self.mix = nn.Embedding(256, 16), nn.Linear(8 * 16, C)
         self.norms = nn.ModuleList(nn.RMSNorm(C) for _ in range(2))
-        self.moe = MoE(C, H, E, K, balance=balance, balance_weight=0.1)
+        self.moe = MoE(C, H, E, K, balance=balance, balance_weight=0.1, z_weight=0.001 * (E > 1))
         self.head = nn.Linear(C, 256)
 
     def forward(self, tokens):
@@ -484,13 +482,13 @@ def draw(runs):
         smooth = loads.view(-1, 20, loads.shape[1]).mean(1)
         axes.plot(torch.arange(len(smooth)) * 20 + 10, smooth, lw=1)
         axes.axhline(1, color="k", ls="--", lw=1)
-        axes.set(title=name, xlabel="step", ylim=(0, 2.6))
+        axes.set(title=name, xlabel="step", ylim=(0, 3))
     panels[0].set_ylabel("load of each of 8 experts\n(1 = its fair share)")
-    losses = [loss for loss, _ in runs.values()]
-    bars = panels[3].barh(range(4), losses, color=["C7", "C3", "C0", "C2"])
-    panels[3].bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
-    panels[3].set(yticks=range(4), yticklabels=list(runs), xlim=(1.7, 1.95), title="equal FLOPs",
-                  xlabel="nats per byte, held out")
+    for i, (name, (loss, _)) in enumerate(runs.items()):
+        panels[3].plot(loss, i, "ko" if name == "dense" else "C0o")
+        panels[3].annotate(f"{loss:.3f}", (loss, i - 0.15), ha="center", fontsize=8)
+    panels[3].set(yticks=range(4), yticklabels=list(runs), xlim=(1.74, 1.9), xticks=(1.75, 1.85),
+                  ylim=(-0.5, 3.5), title="equal FLOPs", xlabel="held-out loss\n(nats per byte)")
     panels[3].invert_yaxis()
     folder = pathlib.Path(__file__).parent / "figures"
     folder.mkdir(exist_ok=True)

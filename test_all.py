@@ -2442,6 +2442,9 @@ def test_moe_second_derivatives_and_any_leading_shape():
     assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], small)
     flat, aux = layer(x.flatten(0, 1))
     close(flat.view_as(x), layer(x)[0], 0)
+    turned = layer(x.transpose(0, 1))[0]            # not contiguous
+    close(turned.transpose(0, 1), layer(x)[0], 1e-13)
+    close(layer(x[1, 2])[0], layer(x)[0][1, 2], 1e-13)
     assert flat.shape == (33, 6) and aux["balance"].isfinite()      # not the mean of a scalar
     y, aux = layer(x[:0])
     assert y.shape == (0, 11, 6) and aux["loss"] == 0 and not aux["load"].any()
@@ -2524,12 +2527,24 @@ def check_moe_drops(moe):
 def test_moe_capacity_drops_in_token_order_in_training_only():
     check_moe_drops(moe)
     assert_caught(check_moe_drops, mutant("moe", "place >= capacity", "place > capacity"))
-    assert_caught(check_moe_drops, mutant("moe", "order = choices.argsort(stable=True)\n        ends",
-                                          "order = choices.flip(0).argsort(stable=True)\n"
-                                          "        order = len(order) - 1 - order\n        ends"))
+    assert_caught(check_moe_drops, mutant("moe", "place[order] =", "place[order.flip(0)] ="))
 
 
-def test_moe_gates_single_choice_noise_bias_and_shared_experts():
+def test_moe_keeps_for_backward_what_the_docstring_says():
+    S, C, H, K = 64, 32, 48, 2
+    x = torch.randn(S, C, requires_grad=True)
+    def dense(x):
+        h = moe.swiglu(F.linear(x, up))
+        return F.linear(h, down)
+    up, down = nn.Parameter(torch.randn(2 * H, C)), nn.Parameter(torch.randn(C, H))
+    assert checkpoint.saved_bytes(dense, x) == 4 * S * (C + 4 * H)
+    layer = moe.MoE(C, H, 4, K)
+    kept = checkpoint.saved_bytes(lambda x: layer(x)[0], x) / 4
+    formula = S * C + S * K * (2 * C + 4 * H)
+    assert formula < kept < formula + 24 * S * K, (kept, formula)
+
+
+def check_moe_gates(moe):
     layer, x = moe_pair(moe, top_k=1)
     [grad] = torch.autograd.grad(layer(x)[0].square().sum(), layer.router.weight)
     assert grad.abs().max() > 1e-3                  # not renormalised to 1: the router learns
@@ -2556,9 +2571,25 @@ def test_moe_gates_single_choice_noise_bias_and_shared_experts():
         assert torch.equal(layer(x)[0], layer(x)[0])
 
 
+def test_moe_gates_single_choice_noise_bias_and_shared_experts():
+    check_moe_gates(moe)
+    for line, broken in (("load.mean() - load)", "load - load.mean())"),
+                         ("weight = scores.gather(-1, expert)", "weight = by.gather(-1, expert)"),
+                         ("if self.training and self.jitter:", "if self.jitter:"),
+                         ("if self.noisy and self.training:", "if self.noisy:"),
+                         ("top_k > 1 if renormalize is None", "True if renormalize is None")):
+        assert_caught(check_moe_gates, mutant("moe", line, broken))
+
+
 @pytest.mark.parametrize("region", [lambda: torch.autocast("cpu", torch.bfloat16),
                                     lambda: amp.autocast(torch.bfloat16)])
 def test_moe_routes_in_fp32_under_autocast(region):
+    check_moe_routes_in_fp32(moe, region)
+    line = "with torch.autocast(x.device.type, enabled=False), torch._C.DisableTorchFunction():"
+    assert_caught(check_moe_routes_in_fp32, mutant("moe", line, "if True:"), region)
+
+
+def check_moe_routes_in_fp32(moe, region):
     layer, x = moe.MoE(64, 32, 8), torch.randn(2, 50, 64, generator=seeded())
     weight, expert, _ = layer.route(x)
     with region():
@@ -2569,17 +2600,32 @@ def test_moe_routes_in_fp32_under_autocast(region):
     close(y, layer(x)[0], 0.05)
 
 
-def test_moe_one_kernel_gives_the_same_as_slices():
-    """F.grouped_mm, which CUDA takes, also has a slow form for CPUs."""
+def check_moe_one_kernel(moe):
+    """F.grouped_mm, which CUDA takes, also has a slow form for CPUs. What it leaves undefined, in
+    forward and backward, is NaN here."""
     torch.manual_seed(0)
-    layer = moe.MoE(16, 8, 5, top_k=2, capacity_factor=0.8)
+    layer, real = moe.MoE(16, 8, 5, top_k=2, capacity_factor=0.8), F.grouped_mm
     x, results = torch.randn(1, 40, 16, requires_grad=True), []
+
+    def harsh(rows, weight, offs):
+        beyond = torch.arange(offs[-1], len(rows))
+        assert len(beyond) > 0
+        rows.register_hook(lambda grad: grad.index_fill(0, beyond, math.nan))
+        return real(rows, weight, offs=offs).index_fill(0, beyond, math.nan)
+
     for kernel in (False, True):
-        with mock.patch.object(moe, "one_kernel", lambda *_: kernel):
+        with mock.patch.object(moe, "one_kernel", lambda *_: kernel), \
+                mock.patch.object(F, "grouped_mm", harsh):
             y = layer(x)[0]
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
     for slices, one in zip(*results):
         close(one, slices, 1e-5)
+
+
+def test_moe_one_kernel_gives_the_same_as_slices():
+    check_moe_one_kernel(moe)
+    for line in ("rows = rows.masked_fill(unused, 0)", "out = out.masked_fill(unused, 0)"):
+        assert_caught(check_moe_one_kernel, mutant("moe", line, "pass"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -2663,10 +2709,39 @@ def test_moe_expert_parallel_equals_one_process(ranks, n):
 def test_moe_expert_parallel_mutants_fail(ranks):
     for line, broken in (("return dw / ctx.n, None", "return dw, None"),
                          ("dist.all_reduce(seen, group=self.data_group)", "pass"),
-                         ("ctx.arguments = received, sent, group",
-                          "ctx.arguments = sent[::-1], received, group")):
-        with pytest.raises(AssertionError):
+                         ("output_size=len(here)).argsort(stable=True)",
+                          "output_size=len(here)).new_ones(len(here)).cumsum(0) - 1")):
+        with pytest.raises(AssertionError, match="max error"):      # not a crash
             ranks.run(check_moe_expert_parallel, 2, ("moe", line, broken), {})
+
+
+def test_moe_what_travels_and_a_rank_without_tokens(ranks):
+    ranks.run(_moe_traffic, 2)
+
+
+def _moe_traffic():
+    rank, sent, real = dist.get_rank(), [], dist.all_to_all_single
+
+    def counted(output, x, *splits, group):
+        if splits:                                  # of rows: all but what stays here
+            sent.append((len(x) - splits[1][rank]) * x.shape[1])
+        return real(output, x, *splits, group=group)
+
+    torch.manual_seed(0)
+    layer = moe.MoE(8, 4, 4, 2, group=dist.group.WORLD)
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(8)[:4])
+    x = torch.eye(8)[[0, 1, 2, 3] * 4] + 0.5 * torch.eye(8)[[2, 3, 0, 1] * 4]       # balanced
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        y, aux = layer(x.requires_grad_())
+        y.sum().backward()
+    assert aux["load"].tolist() == [8, 8, 8, 8]
+    assert sent == [16 * 2 * 8 // 2] * 4            # S K C (n-1)/n, 4 times
+    x = torch.randn(5 * rank, 8, requires_grad=True)                # rank 0 has none
+    y, aux = layer(x)
+    (y.sum() + aux["loss"]).backward()
+    assert y.shape == x.shape and aux["load"].sum() == 10 * rank
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_moe_experts_that_do_not_divide_over_the_ranks_are_refused(ranks):
@@ -3748,7 +3823,8 @@ def check_autocast_policy(m):
     for dtype in (torch.bfloat16, torch.float16):
         low = full.to(dtype)
         with m.autocast(dtype):
-            products = [full @ low, torch.matmul(full, full), full.matmul(full), full[0].mm(full[0]),
+            products = [full @ low, torch.matmul(full, full), full.matmul(full),
+                        full[0].mm(full[0]),
                         F.linear(full, full[0]), torch.einsum("bij,bjk->bik", full, full),
                         F.scaled_dot_product_attention(full, full, low), torch.bmm(full, full),
                         torch.baddbmm(full, full, full), F.conv1d(full, full[:, :, :3])]
@@ -3790,7 +3866,8 @@ def test_amp_autocast_casts_each_op_as_its_kind_demands():
 @pytest.mark.parametrize("line, broken", [
     ("x.dtype not in FLOATS or", "x.dtype in (torch.int64,) or"),
     ('self.passing_on or kwargs.get("out") is not None', "self.passing_on"),
-    ("layer_norm rms_norm group", "layer_norm group"), ("return x.float() if low else x", "return x"),
+    ("layer_norm rms_norm group", "layer_norm group"),
+    ("return x.float() if low else x", "return x"),
     ("& {*FLOATS}) > 1", "& {*FLOATS}) > 0")])
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_amp_the_policy_check_notices(line, broken):
@@ -4007,7 +4084,8 @@ def check_attention_under_autocast(m):
 def test_amp_autocast_leaves_the_tiles_of_attention_in_fp32():
     check_attention_under_autocast(flash_attn)
     assert_caught(check_attention_under_autocast, mutant(
-        "flash_attn", "with torch.autocast(device, enabled=False), torch._C.DisableTorchFunction():",
+        "flash_attn",
+        "with torch.autocast(device, enabled=False), torch._C.DisableTorchFunction():",
         "with torch.autocast(device, enabled=False):"))
 
 
@@ -4124,7 +4202,7 @@ def test_amp_scalers_step_all_optimizers_or_none_and_refuse_misuse():
         scaler.step(one)
     loss = scaler.scale(torch.tensor(60000.0, dtype=torch.bfloat16))
     assert loss == 4 * 59904 and loss.dtype == torch.float32
-    with pytest.raises(ValueError, match="loss is torch.float16: give a tensor, computed in float32"):
+    with pytest.raises(ValueError, match="torch.float16: give a tensor, computed in float32"):
         scaler.scale(torch.tensor(1.0, dtype=torch.float16))
     with pytest.raises(ValueError, match="scaled by 4 already"):
         scaler.scale(loss)
@@ -4601,7 +4679,8 @@ class CkNet(nn.Module):
         h = h + self.first(x) * noise
         h = h + way(self.mlps[0], h)            # residual
         h = way(self.mlps[1], h) + way(self.mlps[2], h) + way(self.mlps[2], h)
-        out = way(self.two, {"a": h, "b": [x.detach()[:, :1]]}, sign=-1.0, ids=torch.tensor([1] * 4))
+        out = way(self.two, {"a": h, "b": [x.detach()[:, :1]]}, sign=-1.0,
+                  ids=torch.tensor([1] * 4))
         assert out["rest"][1:] == [7, None]
         h = F.dropout(out["sum"] * out["rest"][0], 0.5)
         for _ in range(20):
@@ -4712,7 +4791,8 @@ def check_kept_random_operations(m):
 def test_checkpoint_kept_random_operations_draw_nothing_anew():
     check_kept_random_operations(checkpoint)
     assert_caught(check_kept_random_operations, mutant(
-        "checkpoint", "            set_random_state(state)\n        return out", "            pass\n"
+        "checkpoint", "            set_random_state(state)\n        return out",
+        "            pass\n"
         "        return out"))
 
 
@@ -4741,7 +4821,8 @@ def check_nothing_leaks(m):
 def test_checkpoint_leaves_no_tensor_behind():
     check_nothing_leaks(checkpoint)
     for line, broken in (("return x.detach()                       # not x", "return x  # not x"),
-                         ("            self.outputs = None                 # else", "            pass  # ")):
+                         ("            self.outputs = None                 # else",
+                          "            pass  # ")):
         assert_caught(check_nothing_leaks, mutant("checkpoint", line, broken))
 
 
@@ -4779,7 +4860,8 @@ def check_second_runs(m):
     with FlopCounterMode(display=False) as counter:
         layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
         x, flops = torch.ones(4, 16, requires_grad=True), {}
-        ways = {"plain": lambda f, x: f(x), "full": m.checkpoint, "selective": m.selective_checkpoint}
+        ways = {"plain": lambda f, x: f(x), "full": m.checkpoint,
+                "selective": m.selective_checkpoint}
         for name, way in ways.items():
             before, h = counter.get_total_flops(), x
             for layer in layers:
@@ -4791,7 +4873,8 @@ def check_second_runs(m):
 
 def test_checkpoint_runs_a_function_once_more_and_stops_early():
     check_second_runs(checkpoint)
-    assert_caught(check_second_runs, mutant("checkpoint", "if i + 1 >= len(self.facts):", "if False:"))
+    assert_caught(check_second_runs, mutant("checkpoint", "if i + 1 >= len(self.facts):",
+                                            "if False:"))
     assert_caught(check_second_runs, mutant("checkpoint", '"""mm addmm bmm', '"""mm bmm'))
 
 
@@ -4807,7 +4890,8 @@ def check_saved_bytes(m):
     assert size(m.checkpoint, mlp, x) == 128
     assert size(m.selective_checkpoint, mlp, x) == 128 + 512    # the last product serves nobody
     assert size(m.selective_checkpoint, lambda x: mlp(x).tanh(), x) == 128 + 512 + 128
-    assert size(lambda x: m.checkpoint(lambda h: m.checkpoint(mlp, h), m.checkpoint(mlp, x)), x) == 256
+    nested = m.checkpoint
+    assert size(lambda x: nested(lambda h: nested(mlp, h), nested(mlp, x)), x) == 256
     assert size(m.checkpoint, lambda x: m.checkpoint(mlp, m.checkpoint(mlp, x)), x) == 128
     assert size(lambda x: x.sin() * x.cos(), x) == 128 + 2 * 128
     assert size(lambda x: x @ layer.weight.t() @ layer.weight, x) == 128 + 512      # views of it
@@ -4909,7 +4993,8 @@ def test_checkpoint_refuses_what_it_cannot_repeat():
 
         way(changing, x)                        # without backward it may change
         with pytest.raises(RuntimeError, match=r"number 1, in .*test_all.py:\d+: return \(y.sum.*"
-                                               r"this line, has \(5,\) torch.float32, at first \(3,"):
+                                               r"this line, has \(5,\) torch.float32, at "
+                                               r"first \(3,"):
             way(changing, x).sum().backward()
         turns = iter(range(10))
         with pytest.raises(RuntimeError, match="saved 2 tensors at first, 1 when it ran again"):
@@ -4934,7 +5019,7 @@ def test_checkpoint_refuses_what_it_cannot_repeat():
         with pytest.raises(RuntimeError, match="has been changed in place since"):
             y.sum().backward()
         with pytest.raises(RuntimeError, match="is not the same when it runs again"):
-            outer = iter((3, 5))                # the message is the outer function's, not the inner's
+            outer = iter((3, 5))                # the message is the outer function's
             way(lambda x: way(torch.exp, (x.sum() * torch.ones(next(outer))).tanh()),
                 x).sum().backward()
     with pytest.raises(ValueError, match="changes in place what one of"):
@@ -5752,7 +5837,7 @@ def test_model_stages_are_cut_so_that_the_slowest_is_as_fast_as_can_be():
 
 
 def check_recomputed_models(module):
-    """Every way of recomputing gives the same bits, in each architecture, in whole and in stages."""
+    """Every way of recomputing gives the same bits, in each architecture, whole and in stages."""
     ids = torch.randint(0, 11, (2, 16), generator=seeded())
     for changes in ({}, OLD, dict(norm="layernorm", position="alibi", mlp="gelu", tied=True)):
         want = None
@@ -5761,7 +5846,8 @@ def check_recomputed_models(module):
             with torch.no_grad():
                 model = randomised(module.GPT(config))
             model.set_recompute(how, 2)
-            expected = {"none": [], "full": [0, 1, 2, 3], "selective": [0, 1, 2, 3], 0.0: [0, 1, 2, 3],
+            expected = {"none": [], "full": [0, 1, 2, 3], "selective": [0, 1, 2, 3],
+                        0.0: [0, 1, 2, 3],
                         0.5: [0, 1], 1.0: []}[how]
             assert sorted(model.recompute) == expected, how
             for staged in (False, True):
@@ -5947,7 +6033,8 @@ def test_train_nproc_and_torchrun_equal_one_process(corpus, tmp_path):
                 "2", str(HERE / "train.py"), *argv, "--out", str(tmp_path / "torchrun")]
     with concurrent.futures.ThreadPoolExecutor(2) as two:               # four ranks at most
         runs = {"one": two.submit(command, *argv, "--out", str(tmp_path / "one")),
-                "nproc": two.submit(command, *argv, "--nproc", "2", "--out", str(tmp_path / "nproc")),
+                "nproc": two.submit(command, *argv, "--nproc", "2", "--out",
+                                    str(tmp_path / "nproc")),
                 "torchrun": two.submit(subprocess.run, torchrun, capture_output=True, text=True,
                                        timeout=240)}
     runs = {name: run.result() for name, run in runs.items()}
@@ -6063,7 +6150,8 @@ def test_train_low_precision_follows_fp32_in_every_layout(ranks, corpus, tmp_pat
         alone.setdefault(dtype, got)
         limit = {"bf16": 0.01, "fp16": 0.002, "fp8": 0.05}[dtype]
         for a, b, c in zip(got, want, alone[dtype], strict=True):
-            assert abs(a[0] - b[0]) < limit / 2 and abs(a[1] / b[1] - 1) < limit, (dtype, layout, a, b)
+            alike = abs(a[0] - b[0]) < limit / 2 and abs(a[1] / b[1] - 1) < limit
+            assert alike, (dtype, layout, a, b)
         assert got != want, f"{dtype} {layout}: computed in fp32"
         assert abs(got[-1][2] - want[-1][2]) < limit
         scales = [record.get("loss_scale") for record in records(out)]
@@ -6132,7 +6220,8 @@ def test_train_recomputation_changes_no_bit_in_any_layout(ranks, corpus, tmp_pat
             ("full", 2, "--pp", "2", "--schedule", "zb-h1"),
             ("0.3", 2, "--pp", "2", "--schedule", "interleaved", "--dtype", "bf16"))):
         runs = [ranks.run(_train_low, n, [*argv, *layout, "--recompute", each, "--out",
-                                          str(tmp_path / f"{i}_{each}")])[0] for each in ("none", how)]
+                                          str(tmp_path / f"{i}_{each}")])[0]
+                       for each in ("none", how)]
         assert runs[0] == runs[1], (how, n, layout)
 
 
@@ -6184,9 +6273,11 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--sequence-parallel", *new], "--sequence-parallel with --tp"),
         (["--data", corpus, "--dtype", "fp8", "--seq-len", "15", *new], "must be a multiple of 16"),
         (["--data", corpus, "--dtype", "fp8", "--hidden", "40", *new], "fp8 needs multiples of 16"),
-        (["--data", corpus, "--dtype", "fp8", "--pp", "2", "--schedule", "zb-h1", *new], "use 1f1b"),
+        (["--data", corpus, "--dtype", "fp8", "--pp", "2", "--schedule", "zb-h1", *new],
+         "use 1f1b"),
         (["--data", corpus, "--dtype", "int8", *new], "choose from"),
-        (["--data", corpus, "--recompute", "1.5", *new], "1.5: use none, full, selective, or a share"),
+        (["--data", corpus, "--recompute", "1.5", *new],
+         "1.5: use none, full, selective, or a share"),
         (["--data", corpus, "--recompute", "some", *new], "some: use none, full, selective"),
         (["--resume", *new], "no checkpoint"),
         (["--resume", "--dim", "64", "--out", str(out)], "dim = 32, this run has 64"),
@@ -6300,6 +6391,11 @@ def test_house_imports_go_downwards_and_files_stay_short(name):
     assert ast.get_docstring(tree)
     assert source.count("\n") <= LONGEST.get(name, 300)
     assert max(len(line) for line in source.split("\n")) <= 100
+
+
+def test_house_lines_of_the_tests_are_as_short():
+    lines = (HERE / "test_all.py").read_text().split("\n")
+    assert [i + 1 for i, line in enumerate(lines) if len(line) > 100] == []
 
 
 @pytest.mark.parametrize("name", sorted(PARTS))
