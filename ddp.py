@@ -115,7 +115,8 @@ class DDP(nn.Module):
         limit = min(bucket_mb * 2**20, max(2**20, sum(p.nbytes for p in params) / 4))
         position, buckets = 0, {}
         for p in params:
-            buckets.setdefault((position // limit, p.dtype, p.device), []).append(p)
+            kind = position // limit, p.dtype, p.device, self.group_of(p)
+            buckets.setdefault(kind, []).append(p)
             position += p.nbytes
             p.register_post_accumulate_grad_hook(self._on_gradient)
         self.buckets = list(buckets.values())
@@ -125,8 +126,12 @@ class DDP(nn.Module):
         """All ranks take the first rank's values; for BatchNorm: of .buffers(), before eval()."""
         for t in tensors:
             data = t.contiguous()               # a collective needs dense memory
-            dist.broadcast(data, group=self.group, group_src=0)
+            dist.broadcast(data, group=self.group_of(t), group_src=0)
             t.copy_(data)
+
+    def group_of(self, t):
+        """The ranks that hold the same: for an expert (moe.py) those that its mark names."""
+        return getattr(t, "replicas", self.group)
 
     def forward(self, *args, **kwargs):
         if self._ready:                         # else the ranks would drift apart silently
@@ -160,10 +165,11 @@ class DDP(nn.Module):
         flat = bucket[0].new_empty(sum(p.numel() for p in bucket) + len(bucket))
         *parts, used = flat.split([p.numel() for p in bucket] + [len(bucket)])
         used.copy_(torch.tensor([p.grad is not None for p in bucket]))
+        group = self.group_of(bucket[0])
         for p, part in zip(bucket, parts):      # divide once; fp16 might not hold the sum
             grad = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.div(grad.reshape(-1), self.world_size, out=part)
-        self._sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+            torch.div(grad.reshape(-1), dist.get_world_size(group), out=part)
+        self._sent.append((flat, dist.all_reduce(flat, group=group, async_op=True)))
 
     @torch.no_grad()
     def sync(self):

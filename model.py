@@ -8,6 +8,7 @@
               head, no biases
     GPT-2     Config(norm="layernorm", position="learned", mlp="gelu", qk_norm=False, bias=True,
                      tied=True)
+    Mixtral   Config(experts=8, top_k=2, qk_norm=False): experts in place of the MLPs
     2017      old = dict(norm="layernorm", norm_place="post", position="sinusoidal", mlp="relu",
                          qk_norm=False, bias=True, tied=True, scale_embedding=True)
               encoder = GPT(Config(causal=False, **old))
@@ -36,9 +37,11 @@ import torch.nn.functional as F
 
 from checkpoint import checkpoint, plan, selective_checkpoint
 from flash_attn import flash_attention
+from moe import MoE
 from rope import alibi_bias, apply_rope, rope_table, sinusoidal_table
 from tp import (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, collective,
-                column_parallel, copy_to_tp, gather_from_tp, tp_size, vocab_parallel_cross_entropy)
+                column_parallel, copy_to_tp, cuts, gather_from_sp, gather_from_tp, part_like,
+                reduce_from_tp, reduce_to_sp, tp_size, vocab_parallel_cross_entropy)
 
 # Shape letters: B sequences, T tokens, S tokens of a memory, C width of the model, H query heads,
 # K key/value heads, D = C / H width of a head, V vocabulary.
@@ -61,6 +64,12 @@ class Config:
     rope_base: float = 10000.0
     rope_scaling: dict | None = None    # a Hugging Face rope dict, see rope.py
     mlp: str = "swiglu"                 # swiglu | gelu | relu | relu2
+    experts: int = 0                    # E in a block, of which a token visits top_k; 0: an MLP
+    top_k: int = 2
+    shared_experts: int = 0             # that all tokens visit, besides
+    expert_hidden: int | None = None    # width inside one; None: together as wide as the MLP
+    moe_every: int = 1                  # 2: every other block, the second first, ...
+    balance: str = "bias"               # against collapse, see moe.py: bias | aux | none
     qk_norm: bool = True                # RMSNorm on every head's q and k: bounds the scores
     bias: bool = False
     tied: bool = False                  # the head's matrix is the embedding's
@@ -73,7 +82,7 @@ class Config:
     def __post_init__(self):
         choices = {"norm": ("rmsnorm", "layernorm"), "norm_place": ("pre", "post"),
                    "position": ("rope", "sinusoidal", "learned", "alibi", "none"),
-                   "mlp": ("swiglu", "gelu", "relu", "relu2")}
+                   "mlp": ("swiglu", "gelu", "relu", "relu2"), "balance": ("bias", "aux", "none")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: pick {' or '.join(allowed)}")
@@ -98,6 +107,33 @@ class Config:
             self.hidden = math.ceil(exact / 16) * 16            # fp8 needs multiples of 16
         if self.hidden < 1:
             raise ValueError(f"hidden={self.hidden}: must be at least 1")
+        if self.experts:
+            at_work = self.top_k + self.shared_experts
+            if self.mlp != "swiglu" or self.bias:
+                raise ValueError("experts are SwiGLU without biases: use mlp='swiglu', bias=False")
+            if min(self.top_k, self.moe_every, self.shared_experts + 1) < 1:
+                raise ValueError(f"top_k={self.top_k}, moe_every={self.moe_every}: at least 1; "
+                                 f"shared_experts={self.shared_experts}: at least 0")
+            if self.expert_hidden is None:
+                self.expert_hidden = math.ceil(self.hidden / at_work / 16) * 16
+
+    def has_experts(self, i):
+        return self.experts > 0 and (i + 1) % self.moe_every == 0
+
+    def active(self, i):
+        """Elements of the matrices of block i that work for a token."""
+        C, narrow = self.dim, self.kv_heads * self.dim // self.heads
+        attention = 2 * C * C + 2 * C * narrow
+        if self.has_experts(i):
+            width = (self.top_k + self.shared_experts) * self.expert_hidden
+            return attention + 3 * C * width + C * self.experts
+        return attention + (3 if self.mlp == "swiglu" else 2) * C * self.hidden
+
+    def flops(self):
+        """Of forward and backward, per token of a full sequence, decoder or encoder: 6 for each
+        matrix element, 12 T C for a block's scores (all T, as is the custom: causal needs half)."""
+        matrices = sum(map(self.active, range(self.layers))) + self.vocab_size * self.dim
+        return 6 * matrices + 12 * self.layers * self.seq_len * self.dim
 
 
 def _norm(config):
@@ -183,16 +219,65 @@ class MLP(nn.Module):
         return self.down(h.square() if self.kind == "relu2" else h)
 
 
-class Block(nn.Module):
-    """Attention, cross-attention if there is a memory, MLP: each adds to the residual stream x."""
+class AddLoss(torch.autograd.Function):
+    """x, unchanged. Backward gives `loss` the gradient `scale`: as if backward had begun from a sum
+    that holds scale * loss. So a block's loss need not travel to the end, or to the last stage."""
 
-    def __init__(self, config, **split):
+    @staticmethod
+    def forward(ctx, x, loss, scale):
+        ctx.gradient = torch.full_like(loss, scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, ctx.gradient, None
+
+
+class Experts(MoE):
+    """moe.py's layer with 1/n of each expert's width on each of n tp ranks; all route alike, or,
+    with sequence_parallel, each its own tokens. Adds its losses to the gradients: see AddLoss.
+
+    load: (E,) choices on this rank since balance_experts(). loss_scale: see set_loss_scale()."""
+
+    def __init__(self, config, ep_group, data_group, group, sequence_parallel):
+        n, H = tp_size(group), config.expert_hidden
+        if H % n:
+            raise ValueError(f"expert_hidden={H} over {n} ranks: pick a multiple of {n}")
+        if sequence_parallel and config.balance == "aux":
+            raise ValueError("balance='aux' counts whole sequences, sequence_parallel splits them: "
+                             "use balance='bias'")
+        super().__init__(config.dim, H // n, config.experts, config.top_k,
+                         num_shared=config.shared_experts, group=ep_group, data_group=data_group,
+                         balance=None if config.balance == "none" else config.balance)
+        self.tp_group, self.sequence_parallel, self.loss_scale = group, sequence_parallel, 1.0
+        self.load = torch.zeros(config.experts, dtype=torch.int64)
+        for name, dim in ("gate_up", 2), ("down", 2), ("shared_gate_up", 1), ("shared_down", 1):
+            if n > 1 and hasattr(self, name):
+                getattr(self, name).shard = ("tp", dim)
+
+    def forward(self, x):                                   # (B, T, C) -> same
+        weight, expert, aux = self.route(x)
+        if self.training and torch._C._current_graph_task_id() == -1:       # not again, when
+            self.load = self.load.to(x.device) + aux["load"]                # backward recomputes
+        scale, enter, leave = self.loss_scale, copy_to_tp, reduce_from_tp
+        if self.sequence_parallel:                          # a rank's losses are of T / n tokens
+            scale, enter, leave = scale / tp_size(self.tp_group), gather_from_sp, reduce_to_sp
+        y, _ = self.combine(*(enter(t, self.tp_group) for t in (x, weight, expert)))
+        return AddLoss.apply(leave(y, self.tp_group), aux["loss"], scale)
+
+
+class Block(nn.Module):
+    """Attention, cross-attention if there is a memory, MLP: each adds to the residual stream x.
+    experts: None, or the groups of Experts, which then take the place of the MLP."""
+
+    def __init__(self, config, experts=None, **split):
         super().__init__()
         self.pre = config.norm_place == "pre"
         self.attn, self.attn_norm = Attention(config, config.causal, **split), _norm(config)
         if config.cross_attention:
             self.cross, self.cross_norm = Attention(config, False, **split), _norm(config)
-        self.mlp, self.mlp_norm = MLP(config, **split), _norm(config)
+        self.mlp = MLP(config, **split) if experts is None else Experts(config, *experts, **split)
+        self.mlp_norm = _norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def _add(self, x, norm, part, **kwargs):
@@ -212,9 +297,13 @@ class GPT(nn.Module):
 
     tp_group: its ranks, all with the same tokens, split every layer (tp.py); with targets, logits
     are then this rank's (B, T, V / n). sequence_parallel: norms and residual stream, too.
-    stages: (numbers, n), to have only the parts of these of n pipeline stages: see stage()."""
+    stages: (numbers, n), to have only the parts of these of n pipeline stages: see stage().
+    ep_group: its ranks, each with tokens of its own, hold E / n experts each (moe.py). data_group:
+    all ranks with tokens of their own: balance="aux" counts there. With experts, after a step call
+    balance_experts()."""
 
-    def __init__(self, config, tp_group=None, sequence_parallel=False, stages=((0,), 1)):
+    def __init__(self, config, tp_group=None, sequence_parallel=False, stages=((0,), 1),
+                 ep_group=None, data_group=None):
         super().__init__()
         self.config, self.tp_group = config, tp_group
         n, C, T = tp_size(tp_group), config.dim, config.seq_len
@@ -229,8 +318,11 @@ class GPT(nn.Module):
             if config.position == "learned":
                 self.position = nn.Embedding(T, C)
         mine = {i for number in numbers for i in cuts[number]}
-        self.blocks = nn.ModuleList(Block(config, **split) if i in mine else None
+        experts = [(ep_group, data_group) if config.has_experts(i) else None
+                   for i in range(config.layers)]
+        self.blocks = nn.ModuleList(Block(config, experts[i], **split) if i in mine else None
                                     for i in range(config.layers))
+        self.experts = [m for m in self.modules() if isinstance(m, Experts)]
         if len(cuts) - 1 in numbers:
             self.norm = _norm(config) if config.norm_place == "pre" else nn.Identity()
             self.head = ColumnParallelLinear(C, config.vocab_size, bias=False, **split)
@@ -255,21 +347,23 @@ class GPT(nn.Module):
     def reset_parameters(self):
         """Matrices: normal, variance 1 / fan-in; o and down: 0. Embeddings: normal, variance 1, or
         1 / C where they are the head's matrix, or multiplied by sqrt(C). Biases 0, norms 1."""
+        downs = "o.weight", "down.weight", "mlp.down", "shared_down"
         for name, p in self.named_parameters():
             name = "embed.weight" if self.config.tied and name == "head.weight" else name
             if p.dim() == 1:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
-            elif name.endswith(("o.weight", "down.weight")):
+            elif name.endswith(downs):
                 p.zero_()
             else:
                 seed = zlib.crc32(f"{self.config.seed} {name}".encode())
-                n, dim = (tp_size(self.tp_group), p.shard[1]) if hasattr(p, "shard") else (1, 0)
-                shape = [size * n if i == dim else size for i, size in enumerate(p.shape)]
+                shape = list(p.shape)
+                for dim, group in cuts(p, self.tp_group):
+                    shape[dim] *= tp_size(group)
                 whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-                p.copy_(collective("split", whole, dim, self.tp_group)() if n > 1 else whole)
+                p.copy_(part_like(p, whole, self.tp_group))
                 narrow = self.config.tied or self.config.scale_embedding
                 if name not in ("embed.weight", "position.weight") or narrow:
-                    p.mul_(shape[1] ** -0.5)
+                    p.mul_(shape[-1] ** -0.5)
 
     def table(self, name, device):
         if self.tables[name].device != device:
@@ -316,6 +410,30 @@ class GPT(nn.Module):
         x = torch.zeros(batch_size, t, self.config.dim, dtype=p.dtype, device=p.device)
         again = plan([functools.partial(self.blocks[i], **positions) for i in mine], x, float(how))
         self.recompute = {mine[i]: checkpoint for i in again}
+        for layer in self.experts:                          # those tokens do not count
+            layer.load.zero_()
+
+    def set_loss_scale(self, scale):
+        """What the loss is multiplied by before backward (accumulation, fp16): the losses of
+        experts, which the returned one does not hold, then are, too."""
+        for layer in self.experts:
+            layer.loss_scale = scale
+
+    @torch.no_grad()
+    def balance_experts(self, group=None, rate=0.001):
+        """Once a step, after backward, on all ranks: count the choices since the last call over the
+        ranks of `group`, which have other tokens (None: this one); balance="bias": move the biases.
+        -> load of the busiest expert / its fair share, the worst of this rank's blocks, ()."""
+        if not self.experts:                                # as on a pipeline stage without any
+            return torch.zeros(())
+        loads = torch.stack([layer.load for layer in self.experts])             # (blocks, E)
+        for ranks in [group, self.tp_group if self.sequence_parallel else None]:
+            loads = collective("all-reduce", loads, 0, ranks)()
+        for layer, load in zip(self.experts, loads):
+            layer.load.zero_()
+            if layer.bias is not None:
+                layer.update_bias(load, rate)
+        return (loads.amax(1) / loads.double().mean(1)).max()
 
     def enter(self, tokens, start=0):
         """tokens (B, T) at positions start ... -> (B, T, C), or this rank's tokens: for block 0."""
@@ -420,14 +538,14 @@ class Stage(nn.Module):
 
 def stage_blocks(config, n):
     """-> for each of n pipeline stages the range of its blocks, so that the slowest is as fast as
-    can be. A block counts its matrices, and T C for the scores; the head V C; the embedding is a
-    lookup, and counts nothing."""
+    can be. A block counts what Config.active() says, on average, and T C for the scores; the head
+    V C; the embedding is a lookup, and counts nothing."""
     if not 1 <= n <= config.layers:
         raise ValueError(f"{n} stages for {config.layers} layers: use 1 to {config.layers} stages "
                          f"(ranks x chunks), or more layers")
-    C, attention = config.dim, 2 * config.dim + 2 * config.kv_heads * config.dim // config.heads
-    mlp = (3 if config.mlp == "swiglu" else 2) * config.hidden
-    load = [0.0] * (n - 1) + [config.vocab_size / (attention + mlp + config.seq_len)]
+    block = sum(map(config.active, range(config.layers))) / config.layers
+    head = config.vocab_size * config.dim
+    load = [0.0] * (n - 1) + [head / (block + config.seq_len * config.dim)]
     counts = [0] * n
     for _ in range(config.layers):              # one block each, then to who has least to do
         i = min(range(n), key=lambda i: (counts[i] > 0, load[i] + counts[i]))

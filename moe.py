@@ -270,9 +270,13 @@ class MoE(nn.Module):
 
     def forward(self, x):
         weight, expert, aux = self.route(x)
+        y, aux["dropped"] = self.combine(x, weight, expert)
+        return y, aux
+
+    def combine(self, x, weight, expert):
+        """x (..., C), what route() says of it (..., K) -> y (..., C), number of dropped choices."""
         tokens, choices = x.reshape(-1, x.shape[-1]), expert.flatten()  # (S, C), (S K,)
         order, ends = self.sort(choices)
-        aux["dropped"] = len(choices) - ends[-1]
         inverse = order.argsort()
         rows = Sort.apply(tokens, order, inverse, self.top_k, False)    # (S K, C), by expert
         unused = torch.arange(len(rows), device=x.device)[:, None] >= ends[-1]
@@ -286,7 +290,7 @@ class MoE(nn.Module):
         if self.num_shared:
             h = swiglu(F.linear(tokens, self.shared_gate_up.flatten(0, 1)))
             y = y + F.linear(h, self.shared_down)
-        return y.view(x.shape), aux
+        return y.view(x.shape), len(choices) - ends[-1]
 
     def sort(self, choices):
         """choices (S K,), in token order -> order (S K,), by expert, then in token order, dropped

@@ -64,21 +64,23 @@ class Muon(torch.optim.Optimizer):
     processes, and moves W along directions that the gradient lacks (see the demo); CPUs without
     bfloat16 instructions emulate it. Where they exist, torch's may be faster (--bench).
     params  2-D tensors or groups of them, whole on this rank; those without .grad are skipped
+    stacks  also take (..., r, c): a stack of matrices, such as experts. Not so a convolution's
+            kernel: hence the switch
     lr      length of a step along each direction, times sqrt(r / c) if r > c: for inputs in random
             directions the outputs then change by about lr times the inputs' RMS, whatever r and c
     State: "momentum", one tensor like the parameter.
-    ValueError: parameter not 2-D, lr or weight_decay < 0, momentum outside [0, 1), ns_steps < 1.
+    ValueError: parameter no matrix, lr or weight_decay < 0, momentum outside [0, 1), ns_steps < 1.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.9, ns_steps=5, weight_decay=0.0):
+    def __init__(self, params, lr=0.02, momentum=0.9, ns_steps=5, weight_decay=0.0, stacks=False):
         super().__init__(params, dict(lr=lr, momentum=momentum, ns_steps=ns_steps,
-                                      weight_decay=weight_decay))
+                                      weight_decay=weight_decay, stacks=stacks))
 
     def add_param_group(self, param_group):    # the constructor calls this for every group
         super().add_param_group(param_group)
         group = self.param_groups.pop()        # back only when it is valid
         for p in group["params"]:
-            if p.dim() != 2:
+            if p.dim() < 2 or p.dim() > 2 and not group["stacks"]:
                 raise ValueError(f"parameter of shape {tuple(p.shape)}: Muon needs 2-D matrices; "
                                  "give this one to AdamW")
         for name in "lr", "weight_decay":
@@ -115,8 +117,9 @@ class Muon(torch.optim.Optimizer):
         # Jordan's m <- mu m + g is this one over 1 - mu, a factor that orth removes.
         torch._foreach_lerp_(average, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, average, group["momentum"])       # Nesterov
-        update = orthogonal(torch.stack(ahead), group["ns_steps"])           # (N, r, c)
-        r, c = params[0].shape
+        stack = torch.stack(ahead)
+        r, c = stack.shape[-2:]
+        update = orthogonal(stack.view(-1, r, c), group["ns_steps"]).view(stack.shape)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(update), alpha=-group["lr"] * max(1, r / c) ** 0.5)
 

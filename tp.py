@@ -305,15 +305,26 @@ def shard(full, dim, group, heads=None):
     return p
 
 
+def cuts(p, group):
+    """The (dimension, group) pairs along which p is cut: also experts over p.expert_parallel, a
+    mark of moe.py."""
+    experts = [(0, p.expert_parallel)] if hasattr(p, "expert_parallel") else []
+    return experts + [(p.shard[1], group)] if hasattr(p, "shard") else experts
+
+
 def unshard(p, group, t=None):
     """The full tensor, on all ranks, of p, or of t if that is cut like p (gradient, momentum)."""
     t = p.detach() if t is None else t
-    return collective("all-gather", t, p.shard[1], group)() if hasattr(p, "shard") else t
+    for dim, ranks in cuts(p, group):
+        t = collective("all-gather", t, dim, ranks)()
+    return t
 
 
 def part_like(p, full, group):
     """The reverse: this rank's part of a full tensor, cut like p."""
-    return collective("split", full, p.shard[1], group)() if hasattr(p, "shard") else full
+    for dim, ranks in cuts(p, group):
+        full = collective("split", full, dim, ranks)()
+    return full
 
 
 def sum_replicated_grads(module, group):
@@ -328,13 +339,17 @@ def sum_replicated_grads(module, group):
 
 def grad_norm(parameters, group):
     """2-norm of the gradient of the whole model; what is split counts everywhere, the rest once."""
-    params = [p for p in dict.fromkeys(parameters) if p.grad is not None]
-    if tp_size(group) == 1:
-        return nn.utils.get_total_norm([p.grad for p in params])
-    whole = nn.utils.get_total_norm([p.grad for p in params if not hasattr(p, "shard")])
-    parts = nn.utils.get_total_norm([p.grad for p in params if hasattr(p, "shard")])
-    squares = [t.to(params[0].grad.device).square() for t in (whole, parts)]
-    return (squares[0] + collective("all-reduce", squares[1], 0, group)()).sqrt()
+    alike = {}                                  # the groups that cut them: gradients
+    for p in dict.fromkeys(parameters):
+        if p.grad is not None:
+            alike.setdefault(tuple(ranks for _, ranks in cuts(p, group)), []).append(p.grad)
+    norms = []
+    for groups, grads in alike.items():
+        norm = nn.utils.get_total_norm(grads)
+        for ranks in groups:
+            norm = collective("all-reduce", norm.square(), 0, ranks)().sqrt()
+        norms.append(norm)
+    return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 
 def check(ok, claim, measured):

@@ -9,6 +9,7 @@
     python train.py --nproc 2 --pp 2    2 processes hold different layers (see pp.py)
     python train.py --dtype bf16        multiply in 16 bits, where the hardware can (see amp.py)
     python train.py --recompute full    keep less for backward, compute it again (checkpoint.py)
+    python train.py --experts 8         more weights, the same work for a token (see moe.py)
     python train.py --resume            go on from the last checkpoint, with the run's own settings
     python train.py --objective mlm     masked (BERT) instead of causal (GPT) language modelling
 
@@ -40,13 +41,14 @@ from metrics import Meter, scores
 from model import GPT, Config
 from muon import Muon
 from pp import NAMES, Pipeline, schedule
-from tp import (grad_norm, part_like, sum_replicated_grads, unshard,
+from tp import (cuts, grad_norm, part_like, sum_replicated_grads, tp_size, unshard,
                 vocab_parallel_cross_entropy)
 from zero import Zero
 
-SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "dropout", "seed")
-LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "pp", "schedule", "chunks", "device", "out",
-          "resume")                                                     # not resumed
+SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "dropout", "seed",
+         "experts", "top_k", "shared_experts", "expert_hidden", "moe_every", "balance")
+LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "pp", "schedule", "chunks", "ep", "device",
+          "out", "resume")                                              # not resumed
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
@@ -63,11 +65,11 @@ def build_optimizers(model, args):
         why = ": Muon needs matrices whole on a rank" if args.zero or args.tp > 1 else ""
         return [(torch.optim.AdamW(model.parameters(), lr, **ADAMW), lr)], (
             f"AdamW (lr {lr:g}) for all tensors{why}")
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    matrices = [p for p in model.blocks.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if not any(p is q for q in matrices)]
     adamw = torch.optim.AdamW(others, lr / 5, **ADAMW)
     where = "the blocks, whole on every rank" if args.pp == 1 else "the blocks on rank 0"
-    return [(Muon(matrices, lr, ns_steps=4), lr), (adamw, lr / 5)], (
+    return [(Muon(matrices, lr, ns_steps=4, stacks=True), lr), (adamw, lr / 5)], (
         f"Muon (lr {lr:g}) for the {len(matrices)} matrices of {where}; "
         f"AdamW (lr {lr / 5:g}) for the other {len(others)} tensors")
 
@@ -90,6 +92,9 @@ class Trainer:
             raise ValueError(f"--tp {args.tp} times --pp {args.pp} does not divide {self.world} "
                              f"processes: see --nproc")
         self.dp = self.world // (args.tp * args.pp)
+        if self.dp % args.ep or args.ep > 1 and not args.experts:
+            raise ValueError(f"--ep {args.ep}: experts are spread over ranks with other data: use "
+                             f"a divisor of {self.dp}, --nproc / (tp pp), and --experts")
         self.dp_rank, pp_rank = self.rank // args.tp % self.dp, self.rank // (args.tp * self.dp)
         self.microbatches = args.microbatches or default_microbatches(args, self.dp)
         parts = self.dp * self.microbatches
@@ -111,20 +116,29 @@ class Trainer:
                         **{name: getattr(args, name) for name in SHAPE})
         self.facts = {**dataclasses.asdict(config), "optimizer": args.optimizer,
                       "data": f"{len(text)} bytes with crc32 {zlib.crc32(text):08x}"}
-        dp_group = self.pp_group = self.tp_group = None
+        self.dp_group, self.pp_group, self.tp_group = dist.group.WORLD, None, None
         if args.tp > 1 or args.pp > 1:
             mesh = dist.init_device_mesh(args.device, (args.pp, self.dp, args.tp))
-            self.pp_group, dp_group, self.tp_group = (mesh.get_group(i) for i in range(3))
+            self.pp_group, self.dp_group, self.tp_group = map(mesh.get_group, range(3))
+        ep_group = None
+        if args.ep > 1:                             # dp = replicas of an expert x ep
+            shape = args.pp, self.dp // args.ep, args.ep, args.tp
+            mesh = dist.init_device_mesh(args.device, shape)
+            replicas, ep_group = mesh.get_group(1), mesh.get_group(2)
         n = args.pp * args.chunks
         mine = range(pp_rank, n, args.pp)
-        self.model = GPT(config, self.tp_group, args.sequence_parallel, (mine, n)).to(args.device)
+        self.model = GPT(config, self.tp_group, args.sequence_parallel, (mine, n), ep_group,
+                         self.dp_group).to(args.device)
+        for p in self.model.parameters():
+            if hasattr(p, "expert_parallel"):
+                p.replicas = replicas
         low = LOW[args.dtype]
         if low == torch.bfloat16 and not bf16_is_native(args.device):
             say(f"note   no bf16 instruction on this {args.device}: what would be bf16 is fp32")
             low = None
         self.region = functools.partial(autocast, low) if low else contextlib.nullcontext
         if args.dtype == "fp8":
-            convert_to_float8(self.model, skip=("head",))
+            convert_to_float8(self.model, skip=("head", "router"))
         with self.region():
             self.model.set_recompute(args.recompute, args.batch_size // parts)
         self.scaler = DynamicLossScaler() if args.dtype == "fp16" else None
@@ -144,11 +158,11 @@ class Trainer:
         self.step = self.load() if args.resume else 0
         if args.zero:
             state, [(_, peak)] = self.tensors(), self.optimizers
-            self.zero = Zero(self.model, args.zero, torch.optim.AdamW, dp_group, low, lr=peak,
-                             **ADAMW)
-            self.zero.load_full_state_dict(state)
+            self.zero = Zero(self.model, args.zero, torch.optim.AdamW, self.dp_group, low,
+                             lr=peak, **ADAMW)
+            self.zero.load_full_state_dict(self.parts(state))
             self.optimizers = [(self.zero.optimizer, peak)]
-        self.parallel = self.zero or DDP(self.model, dp_group)
+        self.parallel = self.zero or DDP(self.model, self.dp_group)
         dist.barrier()                              # from here on no rank has bad input
         if self.log.exists() and not args.resume and self.rank == 0:    # nothing is overwritten
             numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
@@ -158,10 +172,14 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         self.meter = Meter(self.log if self.rank == 0 else None, self.step, args.steps,
                            args.batch_size * args.seq_len)
-        count = self.sum_over_ranks(sum(p.numel() * (args.tp if hasattr(p, "shard") else 1)
-                                        for p in self.model.parameters()))[0] * args.pp / self.world
+        count, at_work = self.count_parameters()
         say(f"model  {count:,.0f} parameters: {args.layers} layers, C={args.dim}, H={args.heads}, "
             f"T={args.seq_len}; {self.world} x {args.device}")
+        if args.experts:
+            dense = dataclasses.replace(config, top_k=args.experts)     # as if all were visited
+            say(f"moe    for a token {args.top_k} of {args.experts} experts work, of width "
+                f"{config.expert_hidden}: {at_work:,.0f} parameters, {config.flops() / 1e6:.1f} "
+                f"MFLOPs; all: {dense.flops() / 1e6:.1f}")
         say(f"data   {len(text):,} bytes to learn from, {len(val_text):,} to validate on")
         say(f"optim  {trained_by}")
         if self.model.recompute:
@@ -170,20 +188,42 @@ class Trainer:
         if low or args.dtype == "fp8":
             say(f"dtype  matrix products in {args.dtype}, optimizer and checkpoints in fp32")
 
+    def count_parameters(self):
+        """-> all of the model, however it is cut; those that work for one token."""
+        total, at_work = 0, 0
+        for name, p in self.model.named_parameters():
+            size = p.numel() * math.prod(tp_size(group) for _, group in cuts(p, self.tp_group))
+            total += size
+            routed = name.endswith(("mlp.gate_up", "mlp.down"))
+            at_work += size * self.args.top_k // self.args.experts if routed else size
+        return [count * self.args.pp / self.world for count in self.sum_over_ranks(total, at_work)]
+
     def tensors(self):
         """What a checkpoint holds of this rank, by names and shapes that no layout changes."""
-        if self.zero:
-            return self.zero.full_state_dict()
-        return {name: unshard(p, self.tp_group, t) if t.dim() else t
-                for name, p, t in self.entries()}
+        state = self.zero.full_state_dict() if self.zero else dict(self.entries())
+        return {name: unshard(self.owner(name), self.tp_group, t) if t.dim() else t
+                for name, t in state.items()}
+
+    def parts(self, state):
+        """The reverse of tensors(): what this rank holds of each."""
+        return {name: part_like(self.owner(name), t, self.tp_group) if t.dim() else t
+                for name, t in state.items()}
 
     def entries(self):
-        """Names, parameters, and the tensors of this rank: the parameters', the optimizers'."""
-        names = {p: name for name, p in self.model.named_parameters()}
-        yield from ((f"model.{name}", p, p.detach()) for p, name in names.items())
+        """Names, and tensors of this rank: parameters, biases of experts, the optimizers' state."""
+        mine = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
+        names = {t: name for name, t in mine}
+        yield from ((f"model.{name}", t.detach()) for t, name in names.items())
         for optimizer, _ in self.optimizers:
             for p, entries in optimizer.state.items():
-                yield from ((f"optimizer.{names[p]}.{key}", p, t) for key, t in entries.items())
+                yield from ((f"optimizer.{names[p]}.{key}", t) for key, t in entries.items())
+
+    def owner(self, entry):
+        """The parameter that an entry is of, or is cut like."""
+        kind, name = entry.split(".", 1)
+        name = name.rpartition(".")[0] if kind == "optimizer" else name
+        found = self.model.get_submodule(name.rpartition(".")[0])
+        return getattr(found, name.rpartition(".")[2])
 
     def load(self):
         """Read the last checkpoint into model and optimizers, in place -> its step."""
@@ -196,14 +236,20 @@ class Trainer:
             optimizer.zero_grad()
         state = self.tensors()
         step = resume.load(resume.saved(self.out)[-1], state, self.facts)
-        for name, p, t in self.entries():
-            t.copy_(part_like(p, state[name], self.tp_group) if t.dim() else state[name])
+        mine = self.parts(state)
+        for name, t in self.entries():
+            t.copy_(mine[name])
         return step
 
     def sum_over_ranks(self, *values):
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def max_over_ranks(self, value):
+        most = torch.tensor(float(value))
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return most.item()
 
     @torch.no_grad()
     def evaluate(self, most=None):
@@ -233,6 +279,7 @@ class Trainer:
         args, total = self.args, 0.0
         holder = self.rank if args.sequence_parallel else self.rank // args.tp  # of dropout masks
         torch.manual_seed(zlib.crc32(f"{args.seed} {self.step} {holder}".encode()))
+        self.model.set_loss_scale(self.scale / self.microbatches)
         rows = args.batch_size // self.dp
         begin = self.step * args.batch_size + self.dp_rank * rows
         if self.pipeline:
@@ -280,6 +327,7 @@ class Trainer:
         except FloatingPointError as problem:       # on all ranks
             raise SystemExit(f"error: step {self.step + 1}: {problem}")
         self.step += 1
+        self.busiest = self.model.balance_experts(self.dp_group)
         return norm
 
     def train(self):
@@ -302,6 +350,8 @@ class Trainer:
                       "lr": self.optimizers[0][0].param_groups[0]["lr"]}
             if self.scaler:
                 values["loss_scale"] = self.scale
+            if args.experts:
+                values["busiest"] = self.max_over_ranks(self.busiest)
             if check:
                 values |= scores(self.evaluate(None if self.step == args.steps else 100))
             line = self.meter.log(self.step, **values)
@@ -320,9 +370,9 @@ class Trainer:
             dist.all_gather_object(parts, mine, group=self.pp_group)
             state = {name: t for part in parts for name, t in part.items()}
         whole = GPT(self.model.config).to(self.args.device).eval()      # whatever the layout
-        for name, p in whole.named_parameters():
-            p.data.copy_(state[f"model.{name}"])
-            crc32 = zlib.crc32(p.detach().cpu().numpy().tobytes(), crc32)
+        for name, t in itertools.chain(whole.named_parameters(), whole.named_buffers()):
+            t.data.copy_(state[f"model.{name}"])
+            crc32 = zlib.crc32(t.detach().cpu().numpy().tobytes(), crc32)
         if self.sum_over_ranks(crc32) != [crc32 * self.world]:
             raise RuntimeError(f"rank {self.rank} holds other weights than the rest: {crc32:08x}")
         if self.rank == 0:
@@ -373,6 +423,14 @@ def parse(argv):
     add("--hidden", type=int, help="width inside the MLP; default: 4 C, for swiglu 8/3 C")
     add("--seq-len", type=int, default=256, help="bytes in a sequence")
     add("--mlp", choices=("swiglu", "gelu", "relu", "relu2"), default="swiglu")
+    add("--experts", type=int, default=0, help="in place of every MLP so many; 0: the MLP")
+    add("--top-k", type=int, default=2, help="experts that work for a token")
+    add("--shared-experts", type=int, default=0, help="further ones, that work for all tokens")
+    add("--expert-hidden", type=int, help="width inside an expert; default: those that work for a "
+        "token are together as wide as the MLP")
+    add("--moe-every", type=int, default=1, help="2: experts in every other block, ...")
+    add("--balance", choices=("bias", "aux", "none"), default="bias", help="against a collapse on "
+        "few experts: a bias on their scores, a loss, or nothing")
     add("--dropout", type=float, default=0.0)
     add("--steps", type=int, default=1000)
     add("--batch-size", type=int, default=4, help="sequences in a step, over all ranks")
@@ -397,6 +455,7 @@ def parse(argv):
     add("--schedule", choices=NAMES, default="1f1b", help="order of the microbatches in --pp")
     add("--chunks", type=int, help="groups of layers on a process of --pp; default: 2 for "
         "interleaved, else 1")
+    add("--ep", type=int, default=1, help="processes with different data that share --experts")
     add("--zero", type=int, choices=range(4), default=0, help="ZeRO stage; 0: each holds all")
     add("--out", default="out", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -411,8 +470,8 @@ def parse(argv):
         args = parser.parse_args(argv)
     if args.chunks is None:
         args.chunks = 2 if args.schedule == "interleaved" else 1
-    for name in ("steps", "batch_size", "microbatches", "nproc", "tp", "pp", "chunks", "save_every",
-                 "eval_every", "log_every"):
+    for name in ("steps", "batch_size", "microbatches", "nproc", "tp", "pp", "ep", "chunks",
+                 "save_every", "eval_every", "log_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
     args.optimizer = args.optimizer or ("adamw" if args.zero or args.tp > 1 else "muon")

@@ -21,7 +21,7 @@ Cost     the table; stage 3 also holds, whole, the one or two blocks that are co
 Paper    Rajbhandari et al. 2020, ZeRO, sections 5 and 7 (arXiv 1910.02054)
 Run      python zero.py [--nproc N] [--bench]   or   torchrun --nproc-per-node N zero.py [--bench]
 Left out parameter groups, cut frozen parameters, cut activations (ZeRO-R), ranks that run different
-         blocks (routed experts), parameters that other blocks read directly
+         blocks, parameters that other blocks read directly
 """
 
 import argparse
@@ -193,7 +193,9 @@ class Zero(nn.Module):
     compute_dtype: of weights, gradients and floating inputs (None: as they are). offload: what the
     optimizer needs lives on the CPU, and is stepped there. A missing gradient counts as 0. Frozen
     parameters stay whole, in compute_dtype. Learning rates: .optimizer.param_groups. Weights:
-    .full_state_dict(). ValueError, on all ranks: what problem_of() and refuse() find."""
+    .full_state_dict(). A parameter with an attribute `replicas`, some ranks of the group, is shared
+    by those alone: the others hold other experts (moe.py), and say so of theirs. ValueError, on all
+    ranks: what problem_of() and refuse() find."""
 
     def __init__(self, module, stage, optimizer_cls, group=None, compute_dtype=None, offload=False,
                  **optimizer_kwargs):
@@ -201,7 +203,6 @@ class Zero(nn.Module):
         problem = problem_of(module, stage, optimizer_cls, optimizer_kwargs, compute_dtype)
         refuse(problem, module, stage, group)
         self.module, self.stage, self.group, self.dtype = module, stage, group, compute_dtype
-        alone = dist.get_world_size(group) == 1             # then there is nothing to cut
         blocks, owner, units = blocks_of(module), {}, {}
         for name, p in module.named_parameters(remove_duplicate=False):
             block = next((b for b in blocks if name.startswith(f"{b}.")), "")
@@ -212,15 +213,19 @@ class Zero(nn.Module):
             if p not in self.trained:
                 p.data = p.data.to(compute_dtype or p.dtype)
         for block in [*blocks, ""]:
-            params = [p for p in owner if owner[p] == block and p in self.trained]
-            if params:
-                units[block] = Unit(params, 0 if alone else stage, group, compute_dtype, offload)
+            alike = {}                          # by the ranks that hold the same, see refuse()
+            for p in owner:
+                if owner[p] == block and p in self.trained:
+                    alike.setdefault(getattr(p, "replicas", group), []).append(p)
+            for ranks, params in alike.items():
+                cut = stage if dist.get_world_size(ranks) > 1 else 0    # else nothing is to cut
+                units[block, ranks] = Unit(params, cut, ranks, compute_dtype, offload)
         self.units = list(units.values())
-        in_blocks = [units[block] for block in blocks if block in units]
+        in_blocks = [unit for (block, _), unit in units.items() if block]
         self.order = in_blocks[::-1] + self.units[len(in_blocks):]      # about that of backward
         self.optimizer = optimizer_cls([unit.master for unit in self.units], **optimizer_kwargs)
         self.in_flight, self.next, self.factor, self.accumulating = self.units[0], 0, 1.0, False
-        for i, (block, unit) in enumerate(units.items()):
+        for i, ((block, _), unit) in enumerate(units.items()):
             for p in unit.params:
                 p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, unit))
             if unit.stage == 3:
@@ -296,10 +301,9 @@ class Zero(nn.Module):
         self.sync()
         total = torch.zeros((), dtype=torch.float64, device=self.units[0].full.device)
         for unit in self.units:
-            if unit.grad is not None:
-                total += unit.grad.double().square().sum()
-        if self.stage > 0:                      # each rank has another part
-            dist.all_reduce(total, group=self.group)
+            if unit.grad is not None:           # cut: each rank has another part, else the same
+                total += unit.grad.double().square().sum() / (1 if unit.stage else unit.world)
+        dist.all_reduce(total, group=self.group)
         norm = total.sqrt() if whole is None else whole(total.sqrt())
         norm = norm / loss_scale
         self.factor = min(1.0, max_norm / (norm.item() + 1e-6)) / loss_scale
@@ -397,17 +401,22 @@ def problem_of(module, stage, optimizer_cls, optimizer_kwargs, compute_dtype):
 
 def refuse(problem, module, stage, group):
     """ValueError on all ranks or on none: one that raised alone would leave the others waiting."""
-    facts = [f"{stage=}"]
+    facts, weights = [f"{stage=}"], {group: []}
     for name, p in module.named_parameters():
         crc32 = zlib.crc32(p.detach().cpu().flatten().view(torch.uint8).numpy())
-        facts.append(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad=} {crc32=}")
-    everyone = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (problem, facts), group=group)
-    for rank, (problem, theirs) in enumerate(everyone):
-        both = sorted(set(theirs) ^ set(everyone[0][1]))[:2]
-        if problem or both:
-            raise ValueError(problem or f"ranks 0 and {rank} differ in {both}: build one model, "
-                                        f"from one seed")
+        facts.append(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad=}")
+        weights.setdefault(getattr(p, "replicas", group), []).append(f"{name} {crc32=}")
+    for ranks, mine in [*weights.items(), (group, facts)]:      # the last tells all what one found
+        everyone = [None] * dist.get_world_size(ranks)
+        dist.all_gather_object(everyone, (problem, mine), group=ranks)
+        for rank, (theirs, other) in enumerate(everyone):
+            both = sorted(set(other) ^ set(everyone[0][1]))[:2]
+            if both:
+                theirs = theirs or f"ranks 0 and {rank} differ in {both}: build one model, " \
+                                   f"from one seed"
+            problem = problem or theirs
+    if problem:
+        raise ValueError(problem)
 
 
 def check(ok, claim, measured):
