@@ -111,13 +111,15 @@ class Config:
             at_work = self.top_k + self.shared_experts
             if self.mlp != "swiglu" or self.bias:
                 raise ValueError("experts are SwiGLU without biases: use mlp='swiglu', bias=False")
-            if min(self.top_k, self.moe_every, self.shared_experts + 1) < 1:
-                raise ValueError(f"top_k={self.top_k}, moe_every={self.moe_every}: at least 1; "
-                                 f"shared_experts={self.shared_experts}: at least 0")
+            if min(self.experts, self.top_k, self.moe_every, self.shared_experts + 1) < 1:
+                raise ValueError(f"experts={self.experts}, top_k={self.top_k}, moe_every="
+                                 f"{self.moe_every}: at least 1; shared_experts="
+                                 f"{self.shared_experts}: at least 0")
             if self.expert_hidden is None:
                 self.expert_hidden = math.ceil(self.hidden / at_work / 16) * 16
 
     def has_experts(self, i):
+        """Has block i experts, or an MLP?"""
         return self.experts > 0 and (i + 1) % self.moe_every == 0
 
     def active(self, i):

@@ -1442,6 +1442,21 @@ def test_muon_skips_parameters_without_gradient_and_runs_the_closure():
     assert not torch.equal(used, torch.ones(3, 4))
 
 
+def test_muon_steps_every_matrix_of_a_stack_as_if_it_were_alone():
+    torch.manual_seed(0)
+    stack = nn.Parameter(torch.randn(3, 2, 6, 4))
+    alone = [nn.Parameter(w.clone()) for w in stack.detach().flatten(0, 1)]
+    both = muon.Muon([stack], stacks=True), muon.Muon(alone)
+    for _ in range(2):
+        stack.grad = torch.randn_like(stack)
+        for p, grad in zip(alone, stack.grad.flatten(0, 1)):
+            p.grad = grad
+        for optimizer in both:
+            optimizer.step()
+    close(stack.flatten(0, 1), torch.stack(alone), 1e-6, "weights")
+    assert (stack - torch.stack(alone)[0]).abs().max() > 0.1
+
+
 def test_muon_resumes_exactly_from_its_state():
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(6, 4))
@@ -2394,6 +2409,56 @@ def _zero_in_a_group():
 
 def test_zero_in_a_group_averages_over_the_group(ranks):
     ranks.run(_zero_in_a_group, 3)
+
+
+def _replicas(change=None):
+    """Ranks 0 and 2 hold one expert, 1 and 3 another: each averages with its own; the norm, too."""
+    rank = dist.get_rank()
+    even, odd = dist.new_group([0, 2]), dist.new_group([1, 3])
+    z = mutant("zero", *change) if change else zero
+    grads = torch.tensor([[1.0, 2.0, 4.0, 8.0]]).T.expand(4, 3)             # of each rank
+    theirs = grads[rank % 2::2].mean(0)                                     # of the expert
+    norm = (grads.mean(0).square().sum() + grads[::2].mean(0).square().sum()
+            + grads[1::2].mean(0).square().sum()).sqrt()
+
+    def net():
+        net = nn.ModuleDict({"all": nn.Linear(3, 1, bias=False), "expert": nn.Linear(3, 1, False)})
+        net["all"].weight.data.zero_()
+        net["expert"].weight.data.fill_(rank % 2)
+        net["expert"].weight.replicas = odd if rank % 2 else even
+        net.forward = lambda x: net["all"](x) + net["expert"](x)
+        return net
+
+    wrapped = ddp.DDP(net())
+    wrapped(grads[rank:rank + 1]).sum().backward()
+    wrapped.sync()
+    for key, want in ("all", grads.mean(0)), ("expert", theirs):
+        close(wrapped.module[key].weight.grad[0], want, 1e-6, f"ddp, {key}")
+        assert (wrapped.module[key].weight == (rank % 2 if key == "expert" else 0)).all()
+    for stage in 0, 1, 3:
+        model = z.Zero(net(), stage, torch.optim.SGD, lr=1.0)
+        model(grads[rank:rank + 1]).sum().backward()
+        close(model.clip_grad_norm_(math.inf), norm, 1e-6, f"zero, stage {stage}, norm")
+        model.step()
+        state = model.full_state_dict()
+        close(state["model.all.weight"][0], -grads.mean(0), 1e-6, f"zero, stage {stage}, all")
+        close(state["model.expert.weight"][0], rank % 2 - theirs, 1e-6, f"zero, stage {stage}")
+    other = net()
+    other["expert"].weight.data += rank == 3                # found by 1 and 3, told to all
+    with pytest.raises(ValueError, match="ranks 0 and 1 differ in .*expert.weight crc32.*one seed"):
+        z.Zero(other, 1, torch.optim.SGD, lr=1.0)
+
+
+def test_ddp_and_zero_share_experts_among_their_replicas_only(ranks):
+    ranks.run(_replicas, 4)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("alike.setdefault(getattr(p, \"replicas\", group), [])", "alike.setdefault(group, [])"),
+    ("/ (1 if unit.stage else unit.world)", "")])
+def test_the_replicas_check_notices(ranks, line, broken):
+    with pytest.raises(AssertionError, match="max error"):
+        ranks.run(_replicas, 4, (line, broken))
 
 
 # ------------------------------------------------------------------ moe.py
@@ -5584,6 +5649,74 @@ def test_model_the_transformer_of_2017_is_a_configuration():
             assert p.grad is not None and p.grad.abs().max() > 0, f"no gradient at {name}"
 
 
+def check_losses_of_experts(module):
+    """Gradients = those of the returned loss + scale * (every block's z and balance losses)."""
+    with torch.no_grad():
+        gpt = randomised(module.GPT(Config(**{**SMALL, "experts": 4, "balance": "aux"})).double())
+    tokens, grads, losses = some_tokens(), [], []
+
+    def noting(route):
+        def noted(x):
+            weight, expert, aux = route(x)
+            losses.append(aux["loss"])
+            return weight, expert, aux
+        return noted
+
+    for layer in gpt.experts:
+        layer.route = noting(layer.route)
+    for scale in 0.0, 1.0, 0.25:
+        gpt.set_loss_scale(scale)
+        gpt.zero_grad()
+        gpt(tokens, tokens)[1].backward()
+        grads.append([p.grad.clone() for p in gpt.parameters()])
+    gpt.set_loss_scale(0.0)
+    gpt(tokens, tokens)
+    own = torch.autograd.grad(sum(losses[-2:]), list(gpt.parameters()), allow_unused=True)
+    assert sum(g is not None and g.abs().max() > 1e-6 for g in own) > 3
+    for plain, whole, quarter, extra in zip(*grads, own):
+        extra = torch.zeros_like(plain) if extra is None else extra
+        close(whole - plain, extra, 1e-14, "all of it")
+        close(quarter - plain, extra / 4, 1e-14, "a quarter")
+
+
+def test_model_the_losses_of_experts_reach_the_gradients_and_not_the_reported_loss():
+    check_losses_of_experts(model_module)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("return dx, ctx.gradient, None", "return dx, None, None"),
+    ("return dx, ctx.gradient, None", "return dx, ctx.gradient ** 0, None")])
+def test_model_the_check_of_those_losses_notices(line, broken):
+    assert_caught(check_losses_of_experts, mutant("model", line, broken))
+
+
+def test_model_moves_the_biases_of_experts_once_a_step():
+    gpt = make(experts=4, moe_every=2)
+    assert [hasattr(block.mlp, "router") for block in gpt.blocks] == [False, True]
+    tokens, [layer] = some_tokens(), gpt.experts
+    for _ in range(2):                                      # two microbatches
+        gpt(tokens, tokens)
+    load = layer.load.clone()
+    assert load.sum() == 2 * tokens.numel() * 2 and load.max() > load.min()
+    busiest = gpt.balance_experts(rate=0.5)
+    close(busiest, load.max() / load.double().mean(), 1e-12)
+    assert torch.equal(layer.bias, 0.5 * torch.sign(load.double().mean() - load))
+    assert layer.load.sum() == 0
+    gpt.eval()(tokens)
+    assert layer.load.sum() == 0                            # training counts, evaluation does not
+
+
+def test_model_flops_are_those_that_torch_counts():
+    for changes in ({}, dict(mlp="gelu"), dict(experts=4), dict(experts=4, moe_every=2, top_k=1),
+                    dict(experts=6, top_k=3, shared_experts=1, expert_hidden=5)):
+        gpt = GPT(Config(**{**SMALL, "kv_heads": 4, **changes}))
+        tokens = some_tokens(3, 16)
+        plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with FlopCounterMode(display=False) as counter, plain:
+            gpt(tokens, tokens)[1].backward()
+        assert counter.get_total_flops() == gpt.config.flops() * tokens.numel(), changes
+
+
 def test_model_equals_transformers_llama_and_qwen3():
     transformers = pytest.importorskip("transformers", reason="oracle: pip install transformers")
     for kind, qk_norm in (("Llama", False), ("Qwen3", True)):
@@ -5655,6 +5788,11 @@ def test_model_casting_it_leaves_the_rope_table_in_float32():
         (dict(layers=0), "at least 1"),
         (dict(dropout=1.0), "below 1"),
         (dict(hidden=0), "at least 1"),
+        (dict(experts=4, mlp="gelu"), "use mlp='swiglu'"),
+        (dict(experts=4, bias=True), "bias=False"),
+        (dict(experts=4, moe_every=0), "moe_every=0: at least 1"),
+        (dict(experts=-1), "experts=-1"),
+        (dict(balance="luck"), "bias or aux or none"),
         (dict(mlp="tanh"), "swiglu or gelu"),
     ],
 )
@@ -5676,6 +5814,7 @@ def test_model_bad_input_is_refused_with_the_fix():
 
 
 TP_CONFIGS = {
+    "experts": dict(hidden=24, experts=4, expert_hidden=12, shared_experts=1, moe_every=2),
     "today": dict(kv_heads=12, hidden=36),
     "GPT-2": dict(norm="layernorm", position="learned", mlp="gelu", qk_norm=False, bias=True,
                   tied=True),
@@ -5699,6 +5838,7 @@ def _model_tp(change=None):
             p.data += 0.2 * torch.randn(p.shape, generator=moved, dtype=torch.float64)
         _, want = dense(x, y)
         want.backward()
+        busiest = dense.balance_experts(rate=0)
         for sequence_parallel in False, True:
             split = module.GPT(config, group, sequence_parallel).double()
             at_start = dict(module.GPT(config).double().named_parameters())
@@ -5709,6 +5849,7 @@ def _model_tp(change=None):
             logits, loss = split(x, y)
             close(loss, want, 1e-12, f"{name} loss")
             loss.backward()
+            close(split.balance_experts(rate=0), busiest, 0, f"{name} load of the busiest expert")
             if sequence_parallel:
                 tp.sum_replicated_grads(split, group)
             for key, p in split.named_parameters():
@@ -5735,8 +5876,11 @@ def test_model_split_over_ranks_equals_one_process_in_every_architecture(ranks, 
     ('collective("split", alibi_bias(config.heads, T), 0, tp_group)()',
      "alibi_bias(config.heads, T)[:config.heads // n]"),
     ('split = "split" if self.sequence_parallel else "copy"', 'split = "copy"'),
-    ('collective("split", whole, dim, self.tp_group)() if n > 1 else whole',
-     "whole.chunk(n, dim)[0]"),
+    ("p.copy_(part_like(p, whole, self.tp_group))",
+     "p.copy_(whole[tuple(slice(size) for size in p.shape)])"),
+    ("self.loss_scale, copy_to_tp, reduce_from_tp", "self.loss_scale, lambda x, _: x, reduce_from_tp"),
+    ("scale / tp_size(self.tp_group), gather_from_sp", "scale, gather_from_sp"),
+    ("[group, self.tp_group if self.sequence_parallel else None]", "[group]"),
     ("            module.sequence_parallel = False\n", "            pass\n")])
 def test_the_split_model_check_notices(ranks, line, broken):
     with pytest.raises(AssertionError, match="max error|size of tensor|over 2 ranks"):
@@ -5749,13 +5893,18 @@ def _model_tp_refuses():
     for options, match in ((dict(heads=4), "4 heads over 3 ranks"),
                            (dict(kv_heads=4), "4 heads over 3 ranks: pick a multiple of 3"),
                            (dict(vocab_size=256), "256 rows or columns over 3 ranks"),
-                           (dict(hidden=40), "40 rows or columns over 3 ranks")):
+                           (dict(hidden=40), "40 rows or columns over 3 ranks"),
+                           (dict(experts=4, expert_hidden=20, hidden=24),
+                            "expert_hidden=20 over 3 ranks: pick a multiple of 3")):
         with pytest.raises(ValueError, match=match):
             GPT(Config(**{**fits, **options}), group)
     with pytest.raises(ValueError, match="seq_len=16 over 3 ranks: pick a multiple of 3"):
         GPT(Config(**{**fits, "seq_len": 16, "hidden": 24}), group, sequence_parallel=True)
     with pytest.raises(ValueError, match="no cross_attention"):
         GPT(Config(**fits, hidden=24, cross_attention=True), group, sequence_parallel=True)
+    with pytest.raises(ValueError, match="use balance='bias'"):
+        GPT(Config(**fits, hidden=24, experts=4, expert_hidden=12, balance="aux"), group,
+            sequence_parallel=True)
 
 
 def test_model_refuses_what_does_not_split(ranks):
@@ -5839,7 +5988,8 @@ def test_model_stages_are_cut_so_that_the_slowest_is_as_fast_as_can_be():
 def check_recomputed_models(module):
     """Every way of recomputing gives the same bits, in each architecture, whole and in stages."""
     ids = torch.randint(0, 11, (2, 16), generator=seeded())
-    for changes in ({}, OLD, dict(norm="layernorm", position="alibi", mlp="gelu", tied=True)):
+    for changes in ({}, OLD, dict(norm="layernorm", position="alibi", mlp="gelu", tied=True),
+                    dict(experts=4, balance="aux")):
         want = None
         for how in ("none", "full", "selective", 0.0, 0.5, 1.0):
             config = Config(**{**SMALL, "layers": 4, "dropout": 0.2, **changes})
@@ -5859,6 +6009,9 @@ def check_recomputed_models(module):
                 loss = module.vocab_parallel_cross_entropy(x, ids) if staged else model(x, ids)[1]
                 loss.backward()
                 got = [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+                for layer in model.experts:                 # 32 tokens, each once: not recounted
+                    assert layer.load.sum() == 32 * 2, how
+                model.balance_experts()
                 want = want or got
                 assert all(torch.equal(a, b) for a, b in zip(got, want)), (changes, how, staged)
             if changes == {}:
@@ -5877,6 +6030,9 @@ def test_model_recomputation_changes_no_bit(module=model_module):
 
 @pytest.mark.parametrize("line, broken", [
     ("return self.recompute[i](self.blocks[i], x, **kwargs)", "return self.blocks[i](x, **kwargs)"),
+    ("self.training and torch._C._current_graph_task_id() == -1", "self.training"),
+    ("those tokens do not count\n            layer.load.zero_()",
+     "those tokens do not count\n            pass"),
     ("self.numbers, self.run_block = blocks,", "self.numbers, self.run_block = blocks[::-1],")])
 def test_model_the_recomputation_check_notices(line, broken):
     assert_caught(check_recomputed_models, mutant("model", line, broken))
@@ -5967,6 +6123,9 @@ def test_train_any_number_of_ranks_and_microbatches_gives_the_same_run(ranks, co
 def _first_gradient(module, argv):
     trainer = module.Trainer(module.parse(argv))
     trainer.model.double()
+    for name, p in trainer.model.named_parameters():        # o and down start at 0: no gradients
+        shape, generator = tp.unshard(p, trainer.tp_group).shape, seeded(zlib.crc32(name.encode()))
+        p.data += tp.part_like(p, torch.randn(shape, generator=generator) / 4, trainer.tp_group)
     trainer.backward()
     return {name: tp.unshard(p, trainer.tp_group, p.grad)
             for name, p in trainer.model.named_parameters()}
@@ -6007,6 +6166,38 @@ def test_train_gradients_are_those_of_one_process(ranks, corpus, tmp_path):
 def test_train_the_gradient_check_notices(ranks, corpus, tmp_path, mutation):
     with pytest.raises(AssertionError, match="microbatches .*: max error"):
         check_gradients_are_those_of_one_process(ranks, corpus, tmp_path, mutation)
+
+
+def check_gradients_of_experts_are_those_of_one_process(ranks, corpus, tmp_path, mutation=None):
+    for balance, *layouts in (
+            ("aux", (2, "--ep", "2"), (3, "--ep", "3"), (4, "--ep", "2"),
+             (4, "--ep", "2", "--tp", "2")),
+            ("bias", (2, "--ep", "2", "--microbatches", "3"), (2, "--recompute", "full"),
+             (4, "--ep", "2", "--tp", "2", "--sequence-parallel", "--microbatches", "2"),
+             (4, "--ep", "2", "--pp", "2", "--schedule", "zb-h1", "--microbatches", "3"))):
+        argv = [*TINY, "--data", corpus, "--steps", "1", "--out", str(tmp_path / "a"), "--experts",
+                "6", "--shared-experts", "1", "--balance", balance]
+        want = ranks.run(_gradients, 1, None, argv)[0]
+        assert all(grad.abs().max() > 0 for grad in want.values())
+        for n, *layout in layouts:
+            found = ranks.run(_gradients, n, mutation, [*argv, *layout])
+            assert {name for got in found for name in got} == set(want)
+            for got in found:
+                for name, grad in got.items():
+                    close(grad, want[name], 1e-12, f"{balance}, {n} ranks, {layout} {name}")
+
+
+def test_train_gradients_of_experts_are_those_of_one_process(ranks, corpus, tmp_path):
+    check_gradients_of_experts_are_those_of_one_process(ranks, corpus, tmp_path)
+
+
+@pytest.mark.parametrize("mutation", [
+    ("self.model.set_loss_scale(self.scale / self.microbatches)", "pass"),
+    ("p.replicas = replicas", "pass"),
+    ("                         self.dp_group).to(", "                         None).to(")])
+def test_train_the_gradient_check_of_experts_notices(ranks, corpus, tmp_path, mutation):
+    with pytest.raises(AssertionError, match="ranks, .*: max error"):
+        check_gradients_of_experts_are_those_of_one_process(ranks, corpus, tmp_path, mutation)
 
 
 def test_train_learns_and_leaves_curve_sample_and_checkpoints(ranks, corpus, tmp_path):
@@ -6123,6 +6314,60 @@ def test_train_zero_tp_and_pp_equal_replication_and_resume_in_any_layout(ranks, 
         assert ranks.run(_train, 2, ["--resume", *layout, "--out", out])[0] == whole
 
 
+def _train_experts(argv):
+    """-> losses and norms, loads, biases at the end, parameters: all, active."""
+    trainer = train.Trainer(train.parse(argv))
+    trainer.sample = trainer.meter.plot = lambda _: None
+    trainer.train()
+    trainer.finish()
+    biases = {name: t.tolist() for name, t in trainer.model.named_buffers()}
+    traces = [(r["loss"], r["grad_norm"], r.get("val_loss")) for r in records(trainer.out)]
+    return traces, [r["busiest"] for r in records(trainer.out)], biases, trainer.count_parameters()
+
+
+def check_experts_train_and_resume_in_any_layout(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "4", "--save-every", "2", "--eval-every", "2",
+            "--optimizer", "adamw", "--experts", "6", "--moe-every", "2", "--layers", "4"]
+    want, busiest, biases, count = ranks.run(_train_experts, 1, [*argv, "--out",
+                                                                 str(tmp_path / "one")])[0]
+    gpt = GPT(Config(vocab_size=256, seq_len=16, layers=4, dim=32, heads=2, kv_heads=2, experts=6,
+                     moe_every=2))
+    idle = sum(p[2:].numel() for layer in gpt.experts for p in (layer.gate_up, layer.down))
+    total = sum(p.numel() for p in gpt.parameters())
+    assert count == [total, total - idle] and 0 < idle < total / 2      # 4 of 6 experts
+    assert sorted(biases) == ["blocks.1.mlp.bias", "blocks.3.mlp.bias"]
+    assert all(0 < max(bias) <= 0.004001 for bias in biases.values())
+
+    def check_same(found, what):
+        got, loads, _, counted = found[0]
+        assert loads == busiest and counted == count, (what, loads, busiest, counted, count)
+        assert {k: v for _, _, mine, _ in found for k, v in mine.items()} == biases, what
+        for a, b in zip(got, want, strict=True):
+            for x, y in zip(a, b):
+                assert x == y or abs(x - y) <= 1e-5 * max(1, abs(y)), (what, a, b)
+
+    for i, ((n, *layout), *later) in enumerate((            # a run, and those that resume it
+            ((2, "--ep", "2"), (1, "--ep", "1"), (2, "--tp", "2")),
+            ((3, "--ep", "3", "--zero", "3"), (2, "--zero", "1", "--ep", "2")),
+            ((4, "--ep", "2", "--zero", "3", "--microbatches", "3"), (4, "--ep", "2", "--tp", "2")),
+            ((4, "--ep", "2", "--pp", "2", "--zero", "1"), (4, "--ep", "2", "--zero", "2")))):
+        out = str(tmp_path / f"layout_{i}")
+        check_same(ranks.run(_train_experts, n, [*argv, *layout, "--out", out]), (n, layout))
+        for m, *other in later:
+            shutil.rmtree(resume.saved(out)[-1])
+            again = ["--resume", "--microbatches", "1", *other, "--out", out]
+            check_same(ranks.run(_train_experts, m, again), (n, layout, "then", m, other))
+    for dtype, limit in (("bf16", 0.01), ("fp16", 0.002)):
+        flags = ["--dtype", dtype, "--ep", "2", "--zero", "2", "--out", str(tmp_path / dtype)]
+        for a, b in zip(ranks.run(_train_low, 2, [*argv, *flags])[0], want, strict=True):
+            assert abs(a[0] - b[0]) < limit and abs(a[1] / b[1] - 1) < 2 * limit, (dtype, a, b)
+            assert a != b
+
+
+def test_train_experts_train_and_resume_in_any_layout(ranks, corpus, tmp_path):
+    check_experts_train_and_resume_in_any_layout(ranks, corpus, tmp_path)
+
+
 def _train_low(argv):
     """As _train, with bf16 also where the processor has no instruction for it."""
     with mock.patch.object(train, "bf16_is_native", lambda device: True):
@@ -6218,7 +6463,9 @@ def test_train_recomputation_changes_no_bit_in_any_layout(ranks, corpus, tmp_pat
             ("selective", 2, "--zero", "3", "--dtype", "fp16"), ("0.5", 3, "--zero", "3"),
             ("full", 4, "--tp", "2", "--sequence-parallel"), ("selective", 2, "--tp", "2"),
             ("full", 2, "--pp", "2", "--schedule", "zb-h1"),
-            ("0.3", 2, "--pp", "2", "--schedule", "interleaved", "--dtype", "bf16"))):
+            ("0.3", 2, "--pp", "2", "--schedule", "interleaved", "--dtype", "bf16"),
+            ("full", 2, "--experts", "4", "--ep", "2"),
+            ("selective", 2, "--experts", "4", "--ep", "2", "--zero", "3", "--dtype", "bf16"))):
         runs = [ranks.run(_train_low, n, [*argv, *layout, "--recompute", each, "--out",
                                           str(tmp_path / f"{i}_{each}")])[0]
                        for each in ("none", how)]
@@ -6279,6 +6526,11 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--recompute", "1.5", *new],
          "1.5: use none, full, selective, or a share"),
         (["--data", corpus, "--recompute", "some", *new], "some: use none, full, selective"),
+        (["--data", corpus, "--ep", "2", *new], "use a divisor of 1"),
+        (["--data", corpus, "--experts", "4", "--top-k", "5", *new], "top_k=5 of 4 experts"),
+        (["--data", corpus, "--experts", "4", "--mlp", "gelu", *new], "use mlp='swiglu'"),
+        (["--data", corpus, "--experts", "4", "--expert-hidden", "0", *new], "hidden=0: at least 1"),
+        (["--resume", "--experts", "4", "--out", str(out)], "experts = 0, this run has 4"),
         (["--resume", *new], "no checkpoint"),
         (["--resume", "--dim", "64", "--out", str(out)], "dim = 32, this run has 64"),
         (["--resume", "--data", __file__, "--out", str(out)], "saved with data"),
@@ -6322,7 +6574,8 @@ def _bad_pipeline(*argv):
     (("--schedule", "interleaved"), "4 stages for 2 layers"),
     (("--microbatches", "5"), "does not split into 5 parts"),
     (("--schedule", "interleaved", "--layers", "4", "--microbatches", "3"), "pick a multiple of 2"),
-    (("--chunks", "2", "--layers", "4"), "1f1b with chunks=2")])
+    (("--chunks", "2", "--layers", "4"), "1f1b with chunks=2"),
+    (("--pp", "1", "--experts", "3", "--ep", "2"), "3 experts over 2 ranks: pick a multiple of 2")])
 def test_train_bad_pipelines_are_refused_on_all_ranks(ranks, corpus, tmp_path, flags, message):
     argv = ["--pp", "2", *flags, "--data", corpus, "--out", str(tmp_path / "new")]
     for problem in ranks.run(_bad_pipeline, 2, *argv):
@@ -6331,7 +6584,7 @@ def test_train_bad_pipelines_are_refused_on_all_ranks(ranks, corpus, tmp_path, f
 
 
 def test_train_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
-    gpt = GPT(Config(**SMALL))
+    gpt = GPT(Config(**SMALL, experts=4, shared_experts=1, moe_every=2))
     muon_, adamw = train.build_optimizers(gpt, train.parse([]))[0]
     names = {p: name for name, p in gpt.named_parameters()}
     by_muon = {names[p] for group in muon_[0].param_groups for p in group["params"]}

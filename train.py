@@ -176,10 +176,10 @@ class Trainer:
         say(f"model  {count:,.0f} parameters: {args.layers} layers, C={args.dim}, H={args.heads}, "
             f"T={args.seq_len}; {self.world} x {args.device}")
         if args.experts:
-            dense = dataclasses.replace(config, top_k=args.experts)     # as if all were visited
-            say(f"moe    for a token {args.top_k} of {args.experts} experts work, of width "
-                f"{config.expert_hidden}: {at_work:,.0f} parameters, {config.flops() / 1e6:.1f} "
-                f"MFLOPs; all: {dense.flops() / 1e6:.1f}")
+            all_work = dataclasses.replace(config, top_k=args.experts).flops()
+            say(f"moe    {args.top_k} of {args.experts} experts, {config.expert_hidden} wide, work "
+                f"for a token: {at_work:,.0f} parameters, {config.flops() / 1e6:.3g} of "
+                f"{all_work / 1e6:.3g} MFLOPs")
         say(f"data   {len(text):,} bytes to learn from, {len(val_text):,} to validate on")
         say(f"optim  {trained_by}")
         if self.model.recompute:
