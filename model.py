@@ -422,7 +422,7 @@ class GPT(nn.Module):
             layer.loss_scale = scale
 
     @torch.no_grad()
-    def balance_experts(self, group=None, rate=0.001):
+    def balance_experts(self, group=None, rate=0.003):
         """Once a step, after backward, on all ranks: count the choices since the last call over the
         ranks of `group`, which have other tokens (None: this one); balance="bias": move the biases.
         -> load of the busiest expert / its fair share, the worst of this rank's blocks, ()."""
