@@ -169,7 +169,8 @@ class Trainer:
             aside = next(path for path in numbered if not path.exists())
             os.replace(self.out, aside)
             say(f"kept   the earlier run in {self.out} as {aside}")
-        self.out.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
         self.meter = Meter(self.log if self.rank == 0 else None, self.step, args.steps,
                            args.batch_size * args.seq_len)
         count, at_work = self.count_parameters()

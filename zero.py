@@ -406,7 +406,8 @@ def refuse(problem, module, stage, group):
         crc32 = zlib.crc32(p.detach().cpu().flatten().view(torch.uint8).numpy())
         facts.append(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad=}")
         weights.setdefault(getattr(p, "replicas", group), []).append(f"{name} {crc32=}")
-    for ranks, mine in [*weights.items(), (group, facts)]:      # the last tells all what one found
+    rounds = [(group, facts), *weights.items(), (group, [])]    # the last tells all what one found
+    for ranks, mine in rounds:
         everyone = [None] * dist.get_world_size(ranks)
         dist.all_gather_object(everyone, (problem, mine), group=ranks)
         for rank, (theirs, other) in enumerate(everyone):
