@@ -8,7 +8,7 @@
               head, no biases
     GPT-2     Config(norm="layernorm", position="learned", mlp="gelu", qk_norm=False, bias=True,
                      tied=True)
-    Mixtral   Config(experts=8, top_k=2, qk_norm=False): experts in place of the MLPs
+    Mixtral   Config(hidden=H, experts=8, expert_hidden=H, balance="aux", qk_norm=False)
     2017      old = dict(norm="layernorm", norm_place="post", position="sinusoidal", mlp="relu",
                          qk_norm=False, bias=True, tied=True, scale_embedding=True)
               encoder = GPT(Config(causal=False, **old))
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 from checkpoint import checkpoint, plan, selective_checkpoint
 from flash_attn import flash_attention
-from moe import MoE
+from moe import MoE, as_product
 from rope import alibi_bias, apply_rope, rope_table, sinusoidal_table
 from tp import (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, collective,
                 column_parallel, copy_to_tp, cuts, gather_from_sp, gather_from_tp, part_like,
@@ -115,6 +115,9 @@ class Config:
                 raise ValueError(f"experts={self.experts}, top_k={self.top_k}, moe_every="
                                  f"{self.moe_every}: at least 1; shared_experts="
                                  f"{self.shared_experts}: at least 0")
+            if self.moe_every > self.layers:
+                raise ValueError(f"moe_every={self.moe_every} with {self.layers} layers: no block "
+                                 f"would have experts: use at most {self.layers}")
             if self.expert_hidden is None:
                 self.expert_hidden = math.ceil(self.hidden / at_work / 16) * 16
 
@@ -259,6 +262,7 @@ class Experts(MoE):
 
     def forward(self, x):                                   # (B, T, C) -> same
         weight, expert, aux = self.route(x)
+        x = as_product(x)
         if self.training and torch._C._current_graph_task_id() == -1:       # not again, when
             self.load = self.load.to(x.device) + aux["load"]                # backward recomputes
         scale, enter, leave = self.loss_scale, copy_to_tp, reduce_from_tp
@@ -307,7 +311,7 @@ class GPT(nn.Module):
     def __init__(self, config, tp_group=None, sequence_parallel=False, stages=((0,), 1),
                  ep_group=None, data_group=None):
         super().__init__()
-        self.config, self.tp_group = config, tp_group
+        self.config, self.tp_group, self.data_group = config, tp_group, data_group or ep_group
         n, C, T = tp_size(tp_group), config.dim, config.seq_len
         numbers, cuts = stages[0], stage_blocks(config, stages[1])
         split = {"group": tp_group, "sequence_parallel": sequence_parallel and n > 1}
@@ -409,9 +413,12 @@ class GPT(nn.Module):
         p, T = next(self.blocks[mine[0]].parameters()), self.config.seq_len
         positions = self.positions(0, T, p.device)
         t = T // tp_size(self.tp_group) if self.sequence_parallel else T
-        x = torch.zeros(batch_size, t, self.config.dim, dtype=p.dtype, device=p.device)
-        again = plan([functools.partial(self.blocks[i], **positions) for i in mine], x, float(how))
-        self.recompute = {mine[i]: checkpoint for i in again}
+        x = torch.randn(batch_size, t, self.config.dim, generator=torch.Generator().manual_seed(0))
+        again = [plan([functools.partial(self.blocks[i], **positions) for i in mine],
+                      x.to(p.device, p.dtype), float(how))]
+        if self.experts and self.data_group is not None:    # ranks whose experts had other loads
+            dist.broadcast_object_list(again, group=self.data_group, group_src=0)
+        self.recompute = {mine[i]: checkpoint for i in again[0]}
         for layer in self.experts:                          # those tokens do not count
             layer.load.zero_()
 

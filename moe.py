@@ -125,12 +125,17 @@ class MeanOverRanks(torch.autograd.Function):
         return dw / ctx.n, None
 
 
+def as_product(x):
+    """x in the type of a product here, under autocast a lower one: before it is kept or travels."""
+    return x.to((x.new_empty(0, 1) @ x.new_empty(1, 0)).dtype)
+
+
 def grouped(x, weight, ends):
     """x (R, in) @ weight[i].T (in, out) for the rows ends[i-1] to ends[i] -> (R, out). The rows
     after the last end are no result. On CUDA in bf16: one kernel, and the host does not wait."""
-    low = (x.new_empty(0, 1) @ x.new_empty(1, 0)).dtype         # of a product here: autocast's
-    if one_kernel(x, weight, low):
-        return F.grouped_mm(x.to(low), weight.to(low).mT, offs=ends.int())
+    low = as_product(x)
+    if one_kernel(x, weight, low.dtype):
+        return F.grouped_mm(low, weight.to(low.dtype).mT, offs=ends.int())
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     parts = x.split([*sizes, len(x) - sum(sizes)])
     products = [F.linear(part, w) for part, w in zip(parts, weight.unbind())]   # unbind: its
@@ -270,7 +275,7 @@ class MoE(nn.Module):
 
     def forward(self, x):
         weight, expert, aux = self.route(x)
-        y, aux["dropped"] = self.combine(x, weight, expert)
+        y, aux["dropped"] = self.combine(as_product(x), weight, expert)
         return y, aux
 
     def combine(self, x, weight, expert):

@@ -65,7 +65,8 @@ class Muon(torch.optim.Optimizer):
     bfloat16 instructions emulate it. Where they exist, torch's may be faster (--bench).
     params  2-D tensors or groups of them, whole on this rank; those without .grad are skipped
     stacks  also take (..., r, c): a stack of matrices, such as experts. Not so a convolution's
-            kernel: hence the switch
+            kernel: hence the switch. An expert without tokens goes on by its momentum: a step is as
+            long as ever until that is 0, which AdamW's steps reach sooner
     lr      length of a step along each direction, times sqrt(r / c) if r > c: for inputs in random
             directions the outputs then change by about lr times the inputs' RMS, whatever r and c
     State: "momentum", one tensor like the parameter.

@@ -222,6 +222,11 @@ class ColumnParallelLinear(nn.Linear):
         self.weight = shard(self.weight, 0, group, heads)
         self.bias = shard(self.bias, 0, group, heads) if bias else None
 
+    def share(self, p):
+        """A whole parameter that the product reads, too (peft.py): its gradient is that of all
+        ranks. With sequence_parallel sum_replicated_grads() does it."""
+        return p if self.sequence_parallel else copy_to_tp(p, self.group)
+
     def forward(self, x):
         [y] = column_parallel(x, self)
         return gather_from_tp(y, self.group) if self.gather_output else y
@@ -237,6 +242,8 @@ class RowParallelLinear(nn.Linear):
         self.group, self.sequence_parallel = group, sequence_parallel
         self.product = F.linear
         self.weight = shard(self.weight, 1, group)
+
+    share = ColumnParallelLinear.share
 
     def forward(self, x):
         check_dtype(x)

@@ -45,8 +45,9 @@ from tp import (cuts, grad_norm, part_like, sum_replicated_grads, tp_size, unsha
                 vocab_parallel_cross_entropy)
 from zero import Zero
 
+EXPERTS = "experts", "top_k", "shared_experts", "expert_hidden", "moe_every", "balance"
 SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "dropout", "seed",
-         "experts", "top_k", "shared_experts", "expert_hidden", "moe_every", "balance")
+         *EXPERTS)
 LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "pp", "schedule", "chunks", "ep", "device",
           "out", "resume")                                              # not resumed
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -114,7 +115,9 @@ class Trainer:
         causal = args.objective == "causal"
         config = Config(vocab_size=256 if causal else 264, causal=causal,   # 264: MASK and padding
                         **{name: getattr(args, name) for name in SHAPE})
-        self.facts = {**dataclasses.asdict(config), "optimizer": args.optimizer,
+        shape = {key: value for key, value in dataclasses.asdict(config).items()
+                 if args.experts or key not in EXPERTS}
+        self.facts = {**shape, "optimizer": args.optimizer,
                       "data": f"{len(text)} bytes with crc32 {zlib.crc32(text):08x}"}
         self.dp_group, self.pp_group, self.tp_group = dist.group.WORLD, None, None
         if args.tp > 1 or args.pp > 1:
@@ -138,7 +141,7 @@ class Trainer:
             low = None
         self.region = functools.partial(autocast, low) if low else contextlib.nullcontext
         if args.dtype == "fp8":
-            convert_to_float8(self.model, skip=("head", "router"))
+            convert_to_float8(self.model, skip=("head", "*.router"))
         with self.region():
             self.model.set_recompute(args.recompute, args.batch_size // parts)
         self.scaler = DynamicLossScaler() if args.dtype == "fp16" else None
@@ -259,13 +262,17 @@ class Trainer:
         step = max(1, self.val_windows.count // most) if most else 1
         numbers, nats, targets = range(0, self.val_windows.count, step), 0.0, 0
         for i in range(0, len(numbers), 32 * self.dp):
-            mine = numbers[i:i + 32 * self.dp][self.dp_rank::self.dp]
-            x, y = examples(self.val_windows, mine or numbers[:1], self.args.objective)
-            x, y = x.to(self.args.device), y.to(self.args.device)           # on all ranks
+            part = numbers[i:i + 32 * self.dp]
+            mine = list(part[self.dp_rank::self.dp])
+            rows = [*mine, numbers[0]][:-(-len(part) // self.dp)]       # as many on all ranks
+            x, y = examples(self.val_windows, rows, self.args.objective)
+            y = torch.cat([y[:len(mine)], torch.full_like(y[len(mine):], -100)])
+            x, y = x.to(self.args.device), y.to(self.args.device)
             with self.region():
                 loss = self.evaluation.evaluate(x, y) if self.pipeline else self.model(x, y)[1]
-            predicted = (y != -100).sum().item() if mine else 0
-            nats, targets = nats + loss.item() * predicted, targets + predicted
+            predicted = (y != -100).sum().item()
+            if predicted:
+                nats, targets = nats + loss.item() * predicted, targets + predicted
         self.model.train()
         nats, targets = self.sum_over_ranks(nats, targets)
         return nats / targets
@@ -328,7 +335,8 @@ class Trainer:
         except FloatingPointError as problem:       # on all ranks
             raise SystemExit(f"error: step {self.step + 1}: {problem}")
         self.step += 1
-        self.busiest = self.model.balance_experts(self.dp_group)
+        skipped = self.scaler and not norm.isfinite()
+        self.busiest = self.model.balance_experts(self.dp_group, 0.0 if skipped else 0.003)
         return norm
 
     def train(self):
