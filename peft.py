@@ -432,6 +432,8 @@ def build(model, method, targets, seed, config):
             if config.keys() - known:
                 raise ValueError(f"{method} has no {sorted(config.keys() - known)}: use "
                                  f"{sorted(known)}")
+            if config.get("at", 0) < 0:
+                raise ValueError(f"at={config['at']}: tokens before the prompt, at least 0")
             built[name] = place, Encoder(*arguments, **own)
             built[name][1].at = config.get("at", 0)
             continue
@@ -852,12 +854,13 @@ def draw(rows, start):
         return print("skipped: figure (pip install matplotlib)")
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    beside = {"dora": (5, -9), "prompt": (5, -9), "bitfit": (-28, 5), "all weights": (-58, 5)}
+    beside = {"dora": (5, -9), "prompt": (5, -9), ("bitfit", False): (-28, 5),
+              ("ia3", True): (-5, 6), "all weights": (-58, 5)}
     for method, (loss, forgot, count, _, _) in rows.items():
         for axes, x, y in ((left, count, loss), (right, forgot, loss)):
             axes.plot(x, y, "o", markersize=5)
-            axes.annotate(method, (x, y), xytext=beside.get(method, (5, 4)), fontsize=8,
-                          textcoords="offset points")
+            shift = beside.get((method, axes is left), beside.get(method, (5, 4)))
+            axes.annotate(method, (x, y), xytext=shift, textcoords="offset points", fontsize=8)
     left.axhline(start[0], color="k", ls="--", lw=1)
     left.annotate("the base", (left.get_xlim()[0], start[0]), xytext=(4, -10), fontsize=8,
                   textcoords="offset points")
