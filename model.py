@@ -27,7 +27,11 @@ Left out  padding masks (the sequences of a batch have one length), attention dr
 import dataclasses
 import functools
 import itertools
+import json
 import math
+import os
+import pathlib
+import shutil
 import zlib
 
 import torch
@@ -41,10 +45,10 @@ from moe import MoE, as_product
 from rope import alibi_bias, apply_rope, rope_table, sinusoidal_table
 from tp import (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, collective,
                 column_parallel, copy_to_tp, cuts, gather_from_sp, gather_from_tp, part_like,
-                reduce_from_tp, reduce_to_sp, tp_size, vocab_parallel_cross_entropy)
+                reduce_from_tp, reduce_to_sp, tp_size, unshard, vocab_parallel_cross_entropy)
 
 # Shape letters: B sequences, T tokens, S tokens of a memory, C width of the model, H query heads,
-# K key/value heads, D = C / H width of a head, V vocabulary.
+# K key/value heads, D width of a head (as a rule C / H), V vocabulary.
 
 
 @dataclasses.dataclass
@@ -56,6 +60,7 @@ class Config:
     dim: int = 256                      # C
     heads: int = 4                      # H
     kv_heads: int | None = None         # K; None: H. Fewer: grouped-query attention, 1: multi-query
+    head_dim: int | None = None         # D, the width of a head; None: C / H
     hidden: int | None = None           # width inside the MLP; None: 4 C, for swiglu 8/3 C
     norm: str = "rmsnorm"               # rmsnorm | layernorm
     norm_place: str = "pre"             # pre: x + f(norm(x)) | post: norm(x + f(x)), as in 2017
@@ -91,15 +96,17 @@ class Config:
         for name in ("vocab_size", "seq_len", "layers", "dim", "heads", "kv_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.dim % self.heads:
+        if self.head_dim is None and self.dim % self.heads:
             raise ValueError(f"dim={self.dim} does not split over heads={self.heads}: pick a "
                              f"multiple of {self.heads}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} do not share kv_heads={self.kv_heads} evenly: "
                              f"pick a divisor of {self.heads}")
-        if self.position == "rope" and self.dim // self.heads % 2:
-            raise ValueError(f"dim/heads={self.dim // self.heads} is odd, but RoPE turns pairs: "
-                             f"pick an even width of a head")
+        if self.head_dim is None:
+            self.head_dim = self.dim // self.heads
+        if self.head_dim < 1 or self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"dim/heads={self.head_dim}, but RoPE turns pairs: pick an even width "
+                             f"of a head")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.hidden is None:                 # 8/3: three matrices as large as two of width 4 C
@@ -127,8 +134,8 @@ class Config:
 
     def active(self, i):
         """Elements of the matrices of block i that work for a token."""
-        C, narrow = self.dim, self.kv_heads * self.dim // self.heads
-        attention = 2 * C * C + 2 * C * narrow
+        C = self.dim
+        attention = 2 * C * (self.heads + self.kv_heads) * self.head_dim
         if self.has_experts(i):
             width = (self.top_k + self.shared_experts) * self.expert_hidden
             return attention + 3 * C * width + C * self.experts
@@ -136,9 +143,10 @@ class Config:
 
     def flops(self):
         """Of forward and backward, per token of a full sequence, decoder or encoder: 6 for each
-        matrix element, 12 T C for a block's scores (all T, as is the custom: causal needs half)."""
+        matrix element, 12 T H D for a block's scores (all T, as is the custom: causal needs half).
+        """
         matrices = sum(map(self.active, range(self.layers))) + self.vocab_size * self.dim
-        return 6 * matrices + 12 * self.layers * self.seq_len * self.dim
+        return 6 * matrices + 12 * self.layers * self.seq_len * self.heads * self.head_dim
 
 
 def _norm(config):
@@ -151,7 +159,7 @@ class HeadNorm(nn.RMSNorm):
     term of the gradient. copy_to_tp sums them (D elements; split tokens: later, with others)."""
 
     def __init__(self, config, group, sequence_parallel):
-        super().__init__(config.dim // config.heads, eps=config.norm_eps)
+        super().__init__(config.head_dim, eps=config.norm_eps)
         self.group, self.sequence_parallel = group, sequence_parallel
 
     def forward(self, x):                                   # (B, h, T, D) -> same
@@ -166,12 +174,12 @@ class Attention(nn.Module):
 
     def __init__(self, config, causal, **split):
         super().__init__()
-        C, H, K = config.dim, config.heads, config.kv_heads
-        self.head_dim, self.causal = C // H, causal
-        self.q = ColumnParallelLinear(C, C, config.bias, heads=H, **split)
-        self.k = ColumnParallelLinear(C, K * self.head_dim, config.bias, heads=K, **split)
-        self.v = ColumnParallelLinear(C, K * self.head_dim, config.bias, heads=K, **split)
-        self.o = RowParallelLinear(C, C, config.bias, **split)
+        C, H, K, D = config.dim, config.heads, config.kv_heads, config.head_dim
+        self.head_dim, self.causal = D, causal
+        self.q = ColumnParallelLinear(C, H * D, config.bias, heads=H, **split)
+        self.k = ColumnParallelLinear(C, K * D, config.bias, heads=K, **split)
+        self.v = ColumnParallelLinear(C, K * D, config.bias, heads=K, **split)
+        self.o = RowParallelLinear(H * D, C, config.bias, **split)
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(config, **split), HeadNorm(config, **split)
@@ -339,7 +347,7 @@ class GPT(nn.Module):
         # Constants. Not buffers: model.to(bfloat16) would round the angles of RoPE.
         self.tables = {}
         if config.position == "rope":
-            cos, sin = rope_table(T, C // config.heads, config.rope_base, config.rope_scaling)
+            cos, sin = rope_table(T, config.head_dim, config.rope_base, config.rope_scaling)
             self.tables = {"cos": cos, "sin": sin}
         elif config.position == "sinusoidal":
             self.tables = {"wave": sinusoidal_table(T, C)}
@@ -467,6 +475,55 @@ class GPT(nn.Module):
             return {"bias": self.table("bias", device)[:, start:end, :end]}
         return {}
 
+    @classmethod
+    def from_pretrained(cls, folder, seq_len=None, **options):
+        """A model of a Hugging Face folder (config.json, *.safetensors): Llama, Mistral, Qwen3 or
+        Mixtral. seq_len: fewer tokens than it can read; options: GPT's, such as tp_group: a rank
+        then reads only its own parts. The weights become float32. ValueError: what we do not have.
+        """
+        folder = pathlib.Path(folder)
+        theirs = json.loads((folder / "config.json").read_text())
+        model = cls(config_of(theirs, seq_len), **options)
+        where = find_tensors(folder)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(read_tensor(where, name, p, model.tp_group))
+        return model
+
+    @torch.no_grad()
+    def save_pretrained(self, folder, shard_bytes=5 * 10**9):
+        """Write such a folder, whole, in the weights' types: transformers reads it as Qwen3 (with
+        qk_norm), Llama or Mixtral. All ranks call it; not for a part of a pipeline. ValueError: no
+        such model there, or the folder exists."""
+        folder, config = pathlib.Path(folder), theirs_of(self.config)
+        if folder.exists():
+            raise ValueError(f"{folder} exists: nothing is overwritten, name another folder")
+        if any(block is None for block in self.blocks):
+            raise ValueError("this rank has only some stages: save a model that has all")
+        if any(layer.bias is not None and layer.bias.any() for layer in self.experts):
+            raise ValueError("the experts are chosen with biases, which Mixtral's are not: train "
+                             "with balance='aux'")
+        beside, files = folder.with_name(folder.name + ".tmp"), [{}]
+        for name, p in self.named_parameters():
+            for key, t in theirs_from(name, unshard(p, self.tp_group)).items():
+                if sum(x.nbytes for x in files[-1].values()) + t.nbytes > shard_bytes:
+                    files.append({})
+                files[-1][key] = t.cpu().contiguous()
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return
+        shutil.rmtree(beside, ignore_errors=True)               # of a kill
+        beside.mkdir(parents=True)
+        config["torch_dtype"] = str(next(self.parameters()).dtype).removeprefix("torch.")
+        (beside / "config.json").write_text(json.dumps(config, indent=2))
+        places = {}
+        for i, tensors in enumerate(files):
+            file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+            safetensors_torch().save_file(tensors, beside / file, metadata={"format": "pt"})
+            places |= {key: file for key in tensors}
+        index = {"metadata": {}, "weight_map": places}
+        (beside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        os.replace(beside, folder)                              # complete, or not there
+
     def stage(self, i, n):
         """Stage i of n of this model, for pp.Pipeline: tokens or (B, T, C) -> (B, T, C) or logits.
         Its parameters are the model's."""
@@ -543,6 +600,132 @@ class Stage(nn.Module):
         for layer in self.after:
             x = layer(x)
         return x
+
+
+# Our parts of names: Hugging Face's, of Llama and its kind.
+THEIRS = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
+          "head": "lm_head", "attn_norm": "input_layernorm", "attn": "self_attn",
+          "mlp_norm": "post_attention_layernorm", "router": "gate"} | {
+              part: f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
+def hf_name(name):
+    """Of a layer or parameter of a GPT -> what transformers calls it."""
+    name = ".".join(THEIRS.get(part, part) for part in name.split("."))
+    return name.replace("mlp.gate.", "block_sparse_moe.gate.")
+
+
+def theirs_from(name, t):
+    """A parameter -> {their name: their tensor}: experts are stored one by one."""
+    if not name.endswith(("mlp.gate_up", "mlp.down")):
+        return {hf_name(name): t}
+    prefix = hf_name(name.rsplit(".mlp.", 1)[0]) + ".block_sparse_moe.experts"
+    if name.endswith("down"):                                   # (E, C, H)
+        return {f"{prefix}.{i}.w2.weight": w for i, w in enumerate(t)}
+    return {f"{prefix}.{i}.{w}.weight": t[i, j]                 # (E, 2, H, C)
+            for i in range(len(t)) for j, w in enumerate(("w1", "w3"))}
+
+
+def config_of(theirs, seq_len=None):
+    """Their config.json, a dict -> Config."""
+    kind = theirs["model_type"]
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling")
+    window = theirs.get("sliding_window") if theirs.get("use_sliding_window", True) else None
+    limit = min(theirs["max_position_embeddings"], window or math.inf)
+    if kind not in ("llama", "mistral", "qwen3", "mixtral"):
+        raise ValueError(f"model_type {kind!r}: we have llama, mistral, qwen3 and mixtral")
+    for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if theirs.get(key, plain) != plain:
+            raise ValueError(f"{key}={theirs[key]!r}: only {plain!r} is known here")
+    if seq_len is not None and seq_len > limit:
+        raise ValueError(f"seq_len={seq_len}: this model reads at most {limit} tokens"
+                         f"{' in its window' if limit == window else ''}")
+    how = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
+    scaled = how != "default"
+    if how in ("dynamic", "yarn", "llama3"):    # what transformers adds itself
+        rope = {"original_max_position_embeddings": theirs["max_position_embeddings"], **rope}
+    experts = dict(experts=theirs["num_local_experts"], top_k=theirs["num_experts_per_tok"],
+                   expert_hidden=theirs["intermediate_size"],
+                   balance="aux") if kind == "mixtral" else {}
+    return Config(
+        vocab_size=theirs["vocab_size"], seq_len=seq_len or limit, dim=theirs["hidden_size"],
+        layers=theirs["num_hidden_layers"], heads=theirs["num_attention_heads"],
+        kv_heads=theirs.get("num_key_value_heads"), head_dim=theirs.get("head_dim"),
+        hidden=theirs["intermediate_size"], norm_eps=theirs["rms_norm_eps"],
+        rope_base=theirs.get("rope_theta") or (rope or {}).get("rope_theta", 10000.0),
+        rope_scaling=rope if scaled else None, qk_norm=kind == "qwen3",
+        tied=theirs.get("tie_word_embeddings", False), **experts)
+
+
+def theirs_of(config):
+    """Config -> their config.json, a dict."""
+    fixed = dict(norm="rmsnorm", norm_place="pre", position="rope", mlp="swiglu", bias=False,
+                 scale_embedding=False, causal=True, cross_attention=False, shared_experts=0,
+                 moe_every=1)
+    other = [key for key, value in fixed.items() if getattr(config, key) != value]
+    if other or config.experts and config.qk_norm or config.experts and config.top_k == 1:
+        raise ValueError(f"transformers has no such model: {other or 'experts'} must be "
+                         f"{[fixed[key] for key in other] or 'without qk_norm, top_k above 1'}")
+    kind = "qwen3" if config.qk_norm else "mixtral" if config.experts else "llama"
+    theirs = {
+        "model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "vocab_size": config.vocab_size, "hidden_size": config.dim, "head_dim": config.head_dim,
+        "intermediate_size": config.expert_hidden if config.experts else config.hidden,
+        "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads, "max_position_embeddings": config.seq_len,
+        "rms_norm_eps": config.norm_eps, "hidden_act": "silu", "attention_bias": False,
+        "tie_word_embeddings": config.tied, "bos_token_id": None, "eos_token_id": None,
+        "rope_theta": config.rope_base,
+        "rope_parameters": {"rope_theta": config.rope_base,
+                            **(config.rope_scaling or {"rope_type": "default"})}}
+    if config.experts:
+        theirs |= {"num_local_experts": config.experts, "num_experts_per_tok": config.top_k,
+                   "sliding_window": None}
+    return theirs
+
+
+def safetensors_torch():
+    try:
+        import safetensors.torch
+    except ImportError as missing:
+        raise ImportError("Hugging Face's folders hold safetensors: pip install safetensors"
+                          ) from missing
+    return safetensors.torch
+
+
+def find_tensors(folder):
+    """-> {their name: an open file}: of one or many; no tensor is read yet."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no *.safetensors: old *.bin files may run code, convert "
+                         f"them (save_pretrained of transformers does)")
+    opened = [safetensors_torch().safe_open(file, framework="pt") for file in files]
+    return {name: file for file in opened for name in file.keys()}
+
+
+def read_tensor(where, name, p, tp_group):
+    """The part of a parameter that this rank holds, or all of it."""
+    shape, mine = list(p.shape), [slice(None)] * p.dim()
+    for dim, group in cuts(p, tp_group):
+        n, i = tp_size(group), dist.get_rank(group) if tp_size(group) > 1 else 0
+        mine[dim] = slice(i * shape[dim], (i + 1) * shape[dim])
+        shape[dim] *= n
+
+    def read(key, index, size):
+        if key not in where:
+            raise ValueError(f"no tensor {key} in the folder, for {name}")
+        part = where[key].get_slice(key)
+        if part.get_shape() != size:
+            raise ValueError(f"{key} has shape {part.get_shape()}, for {name} of shape {size}")
+        return part[tuple(index)]
+
+    names = list(theirs_from(name, torch.empty(shape, device="meta")))
+    if len(names) == 1:
+        return read(names[0], mine, shape)
+    each = len(names) // shape[0]               # w1 and w3, or w2
+    first = each * (mine[0].start or 0)         # of this rank's experts
+    own = names[first:first + each * len(p)]
+    return torch.stack([read(key, mine[-2:], shape[-2:]) for key in own]).view(p.shape)
 
 
 def stage_blocks(config, n):

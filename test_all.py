@@ -6122,6 +6122,124 @@ def test_model_equals_transformers_llama_and_qwen3():
         close(ours(tokens)[0], theirs(tokens).logits, 1e-5, kind)      # their norms run in float32
 
 
+HF_SHAPE = dict(vocab_size=12, hidden_size=24, intermediate_size=20, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+                bos_token_id=None, eos_token_id=None)
+HF_CASES = {
+    "Llama": {}, "Mistral": dict(sliding_window=None), "Qwen3": dict(head_dim=8),
+    "Mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "Llama tied": dict(tie_word_embeddings=True),
+    "Llama scaled": dict(rope_parameters=dict(
+        rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=16, rope_theta=5000.0)),
+    "Llama yarn": dict(rope_parameters=dict(rope_type="yarn", factor=2.0, rope_theta=10000.0,
+                                            original_max_position_embeddings=16)),
+    "Llama linear": dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4))}
+
+
+def hf_folders(tmp_path):
+    """-> {case: their model}, each saved under its name."""
+    transformers = pytest.importorskip("transformers", reason="oracle: pip install transformers")
+    models = {}
+    for case, more in HF_CASES.items():
+        kind = case.split()[0]
+        theirs = getattr(transformers, f"{kind}ForCausalLM")(
+            getattr(transformers, f"{kind}Config")(**HF_SHAPE, **more)).eval()
+        for i, p in enumerate(theirs.parameters()):
+            p.data.normal_(std=0.3, generator=seeded(i))
+        theirs.save_pretrained(tmp_path / case, max_shard_size="10KB" if kind == "Qwen3" else "1GB")
+        models[case] = theirs
+    return models
+
+
+def _hf_in_parts(folder, cases):
+    """Read in parts, by two ranks, and written again: the same tensors as in the folder."""
+    group = dist.group.WORLD
+    for case in cases:
+        whole = dict(GPT.from_pretrained(folder / case).named_parameters())
+        options = [dict(tp_group=group)] + [dict(ep_group=group)] * (case == "Mixtral")
+        for i, option in enumerate(options):
+            part = GPT.from_pretrained(folder / case, **option)
+            sizes = [sum(p.numel() for p in m) for m in (part.parameters(), whole.values())]
+            assert sizes[0] < 0.7 * sizes[1]
+            for key, p in part.named_parameters():
+                assert torch.equal(p, tp.part_like(p, whole[key], group)), key
+            part.save_pretrained(folder / f"{case} {i}")
+            dist.barrier()
+            again = GPT.from_pretrained(folder / f"{case} {i}").named_parameters()
+            assert all(torch.equal(p, whole[key]) for key, p in again)
+
+
+def test_model_reads_and_writes_the_folders_of_transformers(ranks, tmp_path):
+    x = torch.randint(12, (2, 9), generator=seeded())
+    for case, theirs in hf_folders(tmp_path).items():
+        import transformers
+        want = theirs(x).logits
+        ours = GPT.from_pretrained(tmp_path / case).eval()
+        close(ours(x)[0], want, 1e-5, case)
+        ours.save_pretrained(tmp_path / f"{case} again", 20000 if case == "Llama" else 10**9)
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{case} again")
+        close(back.eval()(x).logits, want, 1e-5, f"{case}, written")
+        short = GPT.from_pretrained(tmp_path / case, seq_len=9).eval()
+        close(short(x)[0], want, 1e-5, f"{case}, shorter")
+    assert len(list((tmp_path / "Llama again").glob("*.safetensors"))) > 1
+    half = GPT.from_pretrained(tmp_path / "Llama").to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    loaded = GPT.from_pretrained(tmp_path / "half")
+    assert all(torch.equal(p, q.float()) for p, q in zip(loaded.parameters(), half.parameters()))
+    ranks.run(_hf_in_parts, 2, tmp_path, ["Llama", "Qwen3", "Mixtral"])
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("(\"w1\", \"w3\")", "(\"w3\", \"w1\")"),
+    ("qk_norm=kind == \"qwen3\"", "qk_norm=False"),
+    ("rope_scaling=rope if scaled else None", "rope_scaling=None"),
+    ("norm_eps=theirs[\"rms_norm_eps\"]", "norm_eps=0.1")])
+def test_model_the_folder_check_notices(tmp_path, line, broken):
+    module = mutant("model", line, broken)
+    x, worst = torch.randint(12, (2, 9), generator=seeded()), 0.0
+    for case, theirs in hf_folders(tmp_path).items():
+        got = module.GPT.from_pretrained(tmp_path / case).eval()(x)[0]
+        worst = max(worst, (got - theirs(x).logits).abs().max().item())
+    assert worst > 1e-2
+
+
+def test_model_refuses_folders_that_it_does_not_know(tmp_path):
+    pytest.importorskip("safetensors", reason="folders: pip install safetensors")
+    gpt = GPT(Config(**{**SMALL, "seq_len": 16}))
+    gpt.save_pretrained(tmp_path / "good")
+    good = json.loads((tmp_path / "good" / "config.json").read_text())
+
+    def refused(match, changes, tensors=True, **options):
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        (tmp_path / "bad" / "config.json").write_text(json.dumps({**good, **changes}))
+        if not tensors:
+            [file] = (tmp_path / "bad").glob("*.safetensors")
+            file.rename(tmp_path / "bad" / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=match):
+            GPT.from_pretrained(tmp_path / "bad", **options)
+
+    refused("model_type 'gpt2': we have llama", {"model_type": "gpt2"})
+    refused("hidden_act='gelu': only 'silu'", {"hidden_act": "gelu"})
+    refused("at most 8 tokens in its window", {"sliding_window": 8}, seq_len=9)
+    refused("at most 16 tokens", {}, seq_len=17)
+    refused("may run code", {}, tensors=False)
+    refused("has shape .20, 24., for blocks.0.mlp.* of shape .40, 24.", {"intermediate_size": 40})
+    refused("no tensor model.layers.2", {"num_hidden_layers": 3})
+    with pytest.raises(ValueError, match="nothing is overwritten"):
+        gpt.save_pretrained(tmp_path / "good")
+    for changes, match in ((dict(norm="layernorm"), "norm.* must be .'rmsnorm'"),
+                           (dict(experts=4), "without qk_norm")):
+        with pytest.raises(ValueError, match=match):
+            GPT(Config(**{**SMALL, **changes})).save_pretrained(tmp_path / "new")
+    biased = GPT(Config(**{**SMALL, "experts": 4, "qk_norm": False}))
+    biased.experts[0].bias += 0.1
+    with pytest.raises(ValueError, match="chosen with biases"):
+        biased.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_model_a_parameter_depends_on_its_name_and_the_seed_alone():
     one, deep, other = (GPT(Config(**{**SMALL, **c})) for c in ({}, {"layers": 3}, {"seed": 1}))
     same = dict(deep.named_parameters())
@@ -7014,7 +7132,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
     "model": {"rope", "flash_attn", "tp", "moe", "checkpoint"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "data", "resume", "metrics"}}
-LONGEST = {"model": 580, "train": 545, "checkpoint": 640, "zero": 605, "tp": 570, "pp": 800,
+LONGEST = {"model": 760, "train": 545, "checkpoint": 640, "zero": 605, "tp": 570, "pp": 800,
            "amp": 910, "ddp": 310, "moe": 565, "peft": 885}             # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
@@ -7032,7 +7150,8 @@ def test_house_imports_go_downwards_and_files_stay_short(name):
     assert imported & set(MAY_IMPORT) == MAY_IMPORT[name]
     allowed = set(sys.stdlib_module_names) | set(MAY_IMPORT)
     allowed |= {"torch", "numpy", "matplotlib", "triton"}
-    allowed |= {"moe": {"transformers"}, "peft": {"safetensors"}}.get(name, set())  # if there
+    allowed |= {"moe": {"transformers"}, "peft": {"safetensors"},
+                "model": {"safetensors"}}.get(name, set())              # if they are there
     assert imported <= allowed, imported - allowed
     assert ast.get_docstring(tree)
     assert source.count("\n") <= LONGEST.get(name, 300)

@@ -116,7 +116,7 @@ class Trainer:
         config = Config(vocab_size=256 if causal else 264, causal=causal,   # 264: MASK and padding
                         **{name: getattr(args, name) for name in SHAPE})
         shape = {key: value for key, value in dataclasses.asdict(config).items()
-                 if args.experts or key not in EXPERTS}
+                 if key != "head_dim" and (args.experts or key not in EXPERTS)}
         self.facts = {**shape, "optimizer": args.optimizer,
                       "data": f"{len(text)} bytes with crc32 {zlib.crc32(text):08x}"}
         self.dp_group, self.pp_group, self.tp_group = dist.group.WORLD, None, None
