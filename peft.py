@@ -95,7 +95,7 @@ class LinearChange(Change):
         self.layer = [layer]                    # in a list: no child of this module
 
     def parameter(self, t, cut=None):           # of the weight's type; cut: along that dimension
-        p = nn.Parameter(t.to(self.layer[0].weight))
+        p = nn.Parameter(t.to(self.layer[0].weight).contiguous())   # else fused AdamW errs
         if cut is not None:
             p.shard = ("tp", cut)
         return p

@@ -6878,6 +6878,67 @@ def test_train_experts_train_and_resume_in_any_layout(ranks, corpus, tmp_path):
     check_experts_train_and_resume_in_any_layout(ranks, corpus, tmp_path)
 
 
+@pytest.fixture(scope="session")
+def pretrained(ranks, corpus, tmp_path_factory):
+    """A model trained a little, as a folder of transformers."""
+    pytest.importorskip("safetensors", reason="folders: pip install safetensors")
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    ranks.run(_train, 1, [*TINY, "--data", corpus, "--steps", "20", "--seq-len", "40", "--kv-heads",
+                          "2", "--out", str(out)])
+    return str(out / "model")
+
+
+def _weights_under(argv):
+    """Train -> losses and norms, and are the base's weights what they were?"""
+    trainer = train.Trainer(train.parse(argv))
+    trainer.sample = trainer.meter.plot = lambda _: None
+    before = {name: t.clone() for name, t in trainer.tensors().items() if "adapters" not in name}
+    trainer.train()
+    trainer.finish()
+    after = trainer.tensors()
+    same = all(torch.equal(t, after[name]) for name, t in before.items() if "model." in name)
+    return [(r["loss"], r["grad_norm"], r.get("val_loss")) for r in records(trainer.out)], same
+
+
+def test_train_fine_tunes_in_any_layout_and_resumes(ranks, corpus, pretrained, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("the cat sat on the mat, the dog on the log; " * 400)
+    argv = [*TINY[4:], "--data", str(other), "--init", pretrained, "--steps", "6", "--save-every",
+            "3", "--eval-every", "3"]
+    for method, layouts in (
+            ("lora", ((2, "--zero", "3"), (2, "--tp", "2", "--sequence-parallel"),
+                      (2, "--pp", "2", "--recompute", "full", "--schedule", "zb-h1"),
+                      (4, "--tp", "2"), (2, "--microbatches", "3"))),
+            ("prefix", ((2, "--zero", "2"), (2, "--pp", "2"))), ("prompt", ((2, "--zero", "1"),)),
+            ("adapter", ((2, "--tp", "2", "--sequence-parallel"),)), ("ia3", ((2, "--tp", "2"),))):
+        own = [*argv, "--peft", method, "--out", str(tmp_path / method)]
+        want, same = ranks.run(_weights_under, 1, own)[0]
+        assert same and want[-1][0] < want[0][0], method
+        for n, *layout in layouts:
+            out = str(tmp_path / f"{method}_{'_'.join(layout)}")
+            got, same = ranks.run(_weights_under, n, [*own, *layout, "--out", out])[0]
+            assert same, (method, layout)
+            for a, b in zip(got, want, strict=True):
+                for x, y in zip(a, b):
+                    assert x == y or abs(x - y) <= 2e-5 * max(1, abs(y)), (method, layout, a, b)
+        shutil.rmtree(resume.saved(out)[-1])                    # the last layout: bit for bit
+        assert ranks.run(_weights_under, n, ["--resume", *layout, "--out", out])[0][0] == got
+
+
+def test_train_leaves_an_adapter_and_a_merged_model(ranks, corpus, pretrained, tmp_path):
+    out = tmp_path / "tuned"
+    argv = [*TINY[4:], "--data", corpus, "--init", pretrained, "--steps", "4", "--peft", "lora",
+            "--merge", "--out", str(out)]
+    ranks.run(_train, 1, argv)
+    base, x = GPT.from_pretrained(pretrained), torch.randint(256, (2, 9), generator=seeded())
+    start = base(x)[0]
+    peft.load_adapter(base, out / "adapter", rename=model_module.hf_name)
+    assert (base(x)[0] - start).abs().max() > 1e-2
+    close(GPT.from_pretrained(out / "model")(x)[0], base(x)[0], 1e-4, "merged")
+    stored = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert "model.layers.0.self_attn.q_proj" in stored["target_modules"]
+
+
 def _train_low(argv):
     """As _train, with bf16 also where the processor has no instruction for it."""
     with mock.patch.object(train, "bf16_is_native", lambda device: True):
@@ -7042,6 +7103,15 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--experts", "4", "--expert-hidden", "0", *new],
          "hidden=0: at least 1"),
         (["--resume", "--experts", "4", "--out", str(out)], "experts = None, this run has 4"),
+        (["--data", corpus, "--peft", "lora", *new], "--peft needs --init FOLDER"),
+        (["--data", corpus, "--init", "nowhere", *new], "no config.json there"),
+        (["--data", corpus, "--init", "nowhere", "--peft", "lora", "--optimizer", "muon", *new],
+         "--peft goes with --optimizer adamw"),
+        (["--data", corpus, "--init", "nowhere", "--peft", "adapter", "--merge", *new],
+         "adapter is no change of weights"),
+        (["--data", corpus, "--init", "nowhere", "--peft", "prompt", "--pp", "2", *new],
+         "goes without --pp"),
+        (["--data", corpus, "--init", "nowhere", "--dropout", "0.1", *new], "without --dropout"),
         (["--resume", *new], "no checkpoint"),
         (["--resume", "--dim", "64", "--out", str(out)], "dim = 32, this run has 64"),
         (["--resume", "--data", __file__, "--out", str(out)], "saved with data"),
@@ -7131,8 +7201,9 @@ PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "tp", "pp"
 MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
     "model": {"rope", "flash_attn", "tp", "moe", "checkpoint"},
-    "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "data", "resume", "metrics"}}
-LONGEST = {"model": 760, "train": 545, "checkpoint": 640, "zero": 605, "tp": 570, "pp": 800,
+    "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "data", "resume",
+              "metrics"}}
+LONGEST = {"model": 760, "train": 625, "checkpoint": 640, "zero": 605, "tp": 570, "pp": 800,
            "amp": 910, "ddp": 310, "moe": 565, "peft": 885}             # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report

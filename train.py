@@ -10,10 +10,12 @@
     python train.py --dtype bf16        multiply in 16 bits, where the hardware can (see amp.py)
     python train.py --recompute full    keep less for backward, compute it again (checkpoint.py)
     python train.py --experts 8         more weights, the same work for a token (see moe.py)
+    python train.py --init out/model --peft lora --data my.txt --out tuned      fine-tune (peft.py)
     python train.py --resume            go on from the last checkpoint, with the run's own settings
     python train.py --objective mlm     masked (BERT) instead of causal (GPT) language modelling
 
---out (default out/) receives metrics.jsonl, loss.png, sample.txt and the last two checkpoints. A
+--out (default out/) receives metrics.jsonl, loss.png, sample.txt, the last two checkpoints, and at
+the end model/, a folder that transformers reads, or with --peft adapter/, one that peft reads. A
 batch and its dropout masks are functions of (seed, step): a resumed run repeats the uninterrupted
 one bit for bit, and any number of processes sees the same data.
 """
@@ -23,22 +25,25 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import logging
 import math
 import os
 import pathlib
+import shutil
 import sys
 import zlib
 
 import torch
 import torch.distributed as dist
 
+import peft
 import resume
 from amp import DynamicLossScaler, autocast, bf16_is_native, convert_to_float8
 from data import MASK, Windows, examples, standard_library, text_file
 from ddp import DDP
 from metrics import Meter, scores
-from model import GPT, Config
+from model import GPT, Config, config_of, hf_name
 from muon import Muon
 from pp import NAMES, Pipeline, schedule
 from tp import (cuts, grad_norm, part_like, sum_replicated_grads, tp_size, unshard,
@@ -61,11 +66,14 @@ def say(text):
 
 def build_optimizers(model, args):
     """-> [(optimizer, its peak learning rate), ...], and the line that says which trains what."""
-    lr = {"muon": 0.04, "adamw": 0.002}[args.optimizer] if args.lr is None else args.lr
+    lr = {"muon": 0.04, "adamw": 0.01 if args.peft else 0.002}[args.optimizer]
+    lr = lr if args.lr is None else args.lr
     if args.optimizer == "adamw":
         why = ": Muon needs matrices whole on a rank" if args.zero or args.tp > 1 else ""
-        return [(torch.optim.AdamW(model.parameters(), lr, **ADAMW), lr)], (
-            f"AdamW (lr {lr:g}) for all tensors{why}")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        what = f"the {args.peft}, {sum(p.numel() for p in trained):,} numbers" if args.peft else (
+            f"all tensors{why}")
+        return [(torch.optim.AdamW(trained, lr, **ADAMW), lr)], f"AdamW (lr {lr:g}) for {what}"
     matrices = [p for p in model.blocks.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if not any(p is q for q in matrices)]
     adamw = torch.optim.AdamW(others, lr / 5, **ADAMW)
@@ -113,10 +121,18 @@ class Trainer:
         self.windows = Windows(text, args.seq_len, args.seed)
         self.val_windows = Windows(val_text, args.seq_len, args.seed, shuffle=False)
         causal = args.objective == "causal"
-        config = Config(vocab_size=256 if causal else 264, causal=causal,   # 264: MASK and padding
-                        **{name: getattr(args, name) for name in SHAPE})
+        if args.init:
+            more = 16 if args.peft in ("prompt", "p_tuning") else 0         # peft.py's length
+            config = folder_config(args.init, args.seq_len + more)
+            for name in SHAPE:
+                setattr(args, name, getattr(config, name) if name != "seq_len" else args.seq_len)
+        else:
+            config = Config(vocab_size=256 if causal else 264, causal=causal,   # MASK and padding
+                            **{name: getattr(args, name) for name in SHAPE})
         shape = {key: value for key, value in dataclasses.asdict(config).items()
                  if key != "head_dim" and (args.experts or key not in EXPERTS)}
+        if args.init:
+            shape |= {"init": folder_crc32(args.init), "peft": args.peft}
         self.facts = {**shape, "optimizer": args.optimizer,
                       "data": f"{len(text)} bytes with crc32 {zlib.crc32(text):08x}"}
         self.dp_group, self.pp_group, self.tp_group = dist.group.WORLD, None, None
@@ -130,8 +146,10 @@ class Trainer:
             replicas, ep_group = mesh.get_group(1), mesh.get_group(2)
         n = args.pp * args.chunks
         mine = range(pp_rank, n, args.pp)
-        self.model = GPT(config, self.tp_group, args.sequence_parallel, (mine, n), ep_group,
-                         self.dp_group).to(args.device)
+        layout = dict(tp_group=self.tp_group, sequence_parallel=args.sequence_parallel,
+                      stages=(mine, n), ep_group=ep_group, data_group=self.dp_group)
+        self.model = (GPT.from_pretrained(args.init, config.seq_len, **layout) if args.init else
+                      GPT(config, **layout)).to(args.device)
         for p in self.model.parameters():
             if hasattr(p, "expert_parallel"):
                 p.replicas = replicas
@@ -142,6 +160,8 @@ class Trainer:
         self.region = functools.partial(autocast, low) if low else contextlib.nullcontext
         if args.dtype == "fp8":
             convert_to_float8(self.model, skip=("head", "*.router"))
+        if args.peft:
+            peft.adapt(self.model, args.peft, seed=args.seed)
         with self.region():
             self.model.set_recompute(args.recompute, args.batch_size // parts)
         self.scaler = DynamicLossScaler() if args.dtype == "fp16" else None
@@ -232,7 +252,7 @@ class Trainer:
     def load(self):
         """Read the last checkpoint into model and optimizers, in place -> its step."""
         for p in self.model.parameters():
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         for optimizer, _ in self.optimizers:        # a step of size 0 makes its state tensors
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
@@ -378,7 +398,10 @@ class Trainer:
             mine = {name: t.cpu() for name, t in state.items() if name.startswith("model.")}
             dist.all_gather_object(parts, mine, group=self.pp_group)
             state = {name: t for part in parts for name, t in part.items()}
-        whole = GPT(self.model.config).to(self.args.device).eval()      # whatever the layout
+        whole = GPT(self.model.config)                                  # whatever the layout
+        if self.args.peft:
+            peft.adapt(whole, self.args.peft, seed=self.args.seed)
+        whole = whole.to(self.args.device).eval()
         for name, t in itertools.chain(whole.named_parameters(), whole.named_buffers()):
             t.data.copy_(state[f"model.{name}"])
             crc32 = zlib.crc32(t.detach().cpu().numpy().tobytes(), crc32)
@@ -387,7 +410,22 @@ class Trainer:
         if self.rank == 0:
             self.sample(whole)
             self.meter.plot(self.out / "loss.png")
+            self.export(whole)
         say(f"weights crc32 {crc32:08x} on {self.world} rank(s); the run is in {self.out}/")
+
+    def export(self, model):
+        """The folders that transformers and peft read, where they know such a model."""
+        try:
+            if self.args.peft:
+                shutil.rmtree(self.out / "adapter", ignore_errors=True)     # of an earlier end
+                peft.save_adapter(model, self.out / "adapter", rename=hf_name)
+            if self.args.merge:
+                peft.merge(model)
+            if self.args.merge or not self.args.peft:
+                shutil.rmtree(self.out / "model", ignore_errors=True)
+                model.save_pretrained(self.out / "model")
+        except (ValueError, ImportError) as reason:
+            say(f"note   no folder to share: {reason}")
 
     @torch.no_grad()
     def sample(self, model):
@@ -395,13 +433,34 @@ class Trainer:
         if self.args.objective == "causal":
             torch.manual_seed(self.args.seed)
             prompt = torch.tensor([list(b"\n" if self.args.data else b"\ndef ")])
-            tokens = model.generate(prompt.to(self.args.device), 500, temperature=0.8)
+            prompted = self.args.peft in ("prompt", "p_tuning")     # it takes some of seq_len
+            new = max(1, self.args.seq_len - prompt.shape[1]) if prompted else 500
+            tokens = model.generate(prompt.to(self.args.device), new, 0.8, use_cache=not prompted)
         else:
             tokens = examples(self.val_windows, [0], "mlm")[0].to(self.args.device)
             tokens = tokens.where(tokens != MASK, model(tokens)[0][..., :MASK].argmax(-1))
         text = bytes(tokens[0].tolist()).decode("utf-8", "replace")
         (self.out / "sample.txt").write_text(text)
         say(f"{' a sample of what it writes ':-^80}\n{text.strip()}\n{'':-^80}")
+
+
+def folder_config(folder, seq_len):
+    """ValueError: its tokens are not our bytes."""
+    path = pathlib.Path(folder, "config.json")
+    if not path.is_file():
+        raise ValueError(f"--init {folder}: no config.json there: give a folder such as out/model")
+    config = config_of(json.loads(path.read_text()), seq_len)
+    if config.vocab_size != 256:
+        raise ValueError(f"--init {folder}: {config.vocab_size} tokens, but this trainer reads "
+                         f"bytes: 256")
+    return config
+
+
+def folder_crc32(folder):
+    crc32 = 0
+    for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
+        crc32 = zlib.crc32(path.read_bytes(), crc32)
+    return f"{crc32:08x}"
 
 
 def fail(message):
@@ -425,6 +484,10 @@ def parse(argv):
     add = parser.add_argument
     add("--data", help="text file; default: the Python standard library's source")
     add("--objective", choices=("causal", "mlm"), default="causal", help="next or hidden bytes")
+    add("--init", help="start from the model of this folder, instead of at random; it gives the "
+        "shape, too")
+    add("--peft", choices=tuple(peft.METHODS), help="with --init: train only this beside it")
+    add("--merge", action="store_true", help="with --peft: at the end, write a whole model/, too")
     add("--layers", type=int, default=3)
     add("--dim", type=int, default=128, help="width C of the model")
     add("--heads", type=int, default=4)
@@ -483,7 +546,20 @@ def parse(argv):
                  "save_every", "eval_every", "log_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
-    args.optimizer = args.optimizer or ("adamw" if args.zero or args.tp > 1 else "muon")
+    args.optimizer = args.optimizer or (
+        "adamw" if args.zero or args.tp > 1 or args.peft else "muon")
+    if args.peft and (args.optimizer == "muon" or args.dtype == "fp8"):
+        raise ValueError("--peft goes with --optimizer adamw, and without --dtype fp8")
+    if not args.init and (args.peft or args.merge) or args.merge and not args.peft:
+        raise ValueError("--peft needs --init FOLDER, and --merge needs --peft")
+    if args.merge and args.peft not in ("lora", "dora", "ia3", "bitfit"):
+        raise ValueError(f"--merge: {args.peft} is no change of weights; lora, dora, ia3 and "
+                         f"bitfit are")
+    if args.peft in ("prompt", "p_tuning") and args.pp > 1:
+        raise ValueError(f"--peft {args.peft} goes without --pp: the prompt enters and leaves the "
+                         f"whole model")
+    if args.init and (args.objective != "causal" or args.dropout):
+        raise ValueError("--init goes with --objective causal, and without --dropout")
     if args.optimizer == "muon" and (args.zero or args.tp > 1):
         raise ValueError("--zero and --tp cut the matrices that Muon needs whole: drop them, or "
                          "train with --optimizer adamw")
