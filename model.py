@@ -626,14 +626,26 @@ def theirs_from(name, t):
             for i in range(len(t)) for j, w in enumerate(("w1", "w3"))}
 
 
+# What transformers takes for a key that a config.json does not have.
+THEIR_DEFAULTS = {"rms_norm_eps": 1e-6}
+SOME_DEFAULTS = {"mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+                 "qwen3": {"head_dim": 128, "num_key_value_heads": 32},
+                 "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8}}
+
+
 def config_of(theirs, seq_len=None):
     """Their config.json, a dict -> Config."""
-    kind = theirs["model_type"]
+    kind = theirs.get("model_type")
+    if kind not in ("llama", "mistral", "qwen3", "mixtral"):
+        raise ValueError(f"model_type {kind!r}: we have llama, mistral, qwen3 and mixtral")
+    missing = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+               "intermediate_size", "max_position_embeddings"} - theirs.keys()
+    if missing:
+        raise ValueError(f"config.json lacks {sorted(missing)}: it is no whole one")
+    theirs = THEIR_DEFAULTS | SOME_DEFAULTS.get(kind, {}) | theirs
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling")
     window = theirs.get("sliding_window") if theirs.get("use_sliding_window", True) else None
     limit = min(theirs["max_position_embeddings"], window or math.inf)
-    if kind not in ("llama", "mistral", "qwen3", "mixtral"):
-        raise ValueError(f"model_type {kind!r}: we have llama, mistral, qwen3 and mixtral")
     for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if theirs.get(key, plain) != plain:
             raise ValueError(f"{key}={theirs[key]!r}: only {plain!r} is known here")
@@ -652,7 +664,8 @@ def config_of(theirs, seq_len=None):
         layers=theirs["num_hidden_layers"], heads=theirs["num_attention_heads"],
         kv_heads=theirs.get("num_key_value_heads"), head_dim=theirs.get("head_dim"),
         hidden=theirs["intermediate_size"], norm_eps=theirs["rms_norm_eps"],
-        rope_base=theirs.get("rope_theta") or (rope or {}).get("rope_theta", 10000.0),
+        rope_base=theirs.get("rope_theta") or (rope or {}).get("rope_theta") or (
+            1e6 if kind == "mixtral" else 1e4),
         rope_scaling=rope if scaled else None, qk_norm=kind == "qwen3",
         tied=theirs.get("tie_word_embeddings", False), **experts)
 

@@ -27,7 +27,7 @@ Paper     Hu et al. 2021, LoRA, section 4 (arXiv 2106.09685); Kalajdzievski 2023
           (2106.10199)
 Run       python peft.py            claims and figures/peft.png
 Left out  quantized bases (QLoRA), LoRA for convolutions, embeddings and stacked experts, adapters
-          of several tasks in one batch
+          of several tasks in one batch; so of a model with experts the attention alone
 """
 
 import copy
@@ -49,7 +49,7 @@ from torch.overrides import TorchFunctionMode
 
 # Beside these names of layers, if no targets are given (this project's, Llama's, GPT-2's, T5's):
 HEADS = "head", "lm_head"                       # lora and dora: all linear layers but those
-KEYS_VALUES, DOWNS = ("k", "v", "k_proj", "v_proj"), ("down", "down_proj")
+KEYS_VALUES, DOWNS = ("k", "v", "k_proj", "v_proj"), ("down", "down_proj", "wo")
 SUBLAYERS = "attn", "self_attn", "mlp"
 
 
@@ -325,6 +325,14 @@ def before_model(model, args, kwargs):
             given.get(key) for key in ("cache", "past_key_values", "use_cache")):
         raise ValueError("prompt: decoding with a cache would put the prompt before each token: "
                          "use_cache=False")
+    mask = given.get("attention_mask")
+    other = [key for key in ("position_ids", "inputs_embeds", "logits_to_keep", "memory")
+             if given.get(key) is not None] + ["return_dict=False"] * (
+                 given.get("return_dict") is False) + ["a mask of 4 dimensions"] * (
+                     mask is not None and mask.dim() != 2)
+    if other or "tokens" not in given:
+        raise ValueError(f"prompt: {other or 'no tokens'}: give tokens, labels and a (B, T) mask "
+                         f"only; so transformers' generate() cannot, decode in a loop")
     tokens, at, P = given["tokens"], prompt.at, len(prompt.vectors)
     if tokens.shape[1] < at:
         raise ValueError(f"prompt: {tokens.shape[1]} tokens, but it stands after {at} of them")
@@ -376,13 +384,16 @@ def places_of(model, method, targets):
     """-> {name: module}: where the method puts something. ValueError: a target that is nowhere."""
     modules = {name: m for name, m in model.named_modules() if "adapters" not in name.split(".")}
     if method in ("prompt", "p_tuning"):
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(f"{method}: not for an encoder and decoder")
         return {"": model}
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     keys = {name: next((getattr(m, k) for k in ("k", "k_proj") if hasattr(m, k)), None)
             for name, m in modules.items() if hasattr(m, "head_dim")}
     fits = {"adapter": lambda name, m: any(map(is_linear, m.modules())),
             "prefix": lambda name, m: keys.get(name) is not None,
             "bitfit": lambda name, m: isinstance(getattr(m, "bias", None), nn.Parameter) and (
-                is_linear(m) or m.weight.dim() == 1)}.get(method, lambda name, m: is_linear(m))
+                is_linear(m) or getattr(m, "weight", m.bias).dim() == 1)}.get(method, lambda name, m: is_linear(m))
     containers = nn.Sequential, nn.ModuleList, nn.ModuleDict       # a child more would run, too
     able = {name: m for name, m in modules.items()
             if fits(name, m) and not isinstance(m, containers)}
@@ -390,7 +401,7 @@ def places_of(model, method, targets):
         kept = {"ia3": KEYS_VALUES + DOWNS, "adapter": SUBLAYERS}.get(method)
         found = {name: m for name, m in able.items() if (
             matches(name, kept) if kept else method in ("prefix", "bitfit")
-            or not matches(name, HEADS))}
+            or not matches(name, HEADS) and m is not output)}
     else:
         found = {name: m for name, m in able.items() if matches(name, targets)}
         for target in targets:
@@ -456,13 +467,19 @@ def adapt(model, method, name="default", targets=None, seed=0, **config):
 
     targets     names of layers, or last parts of them; None: those that the method is known for
     lora, dora  rank=8, alpha=16, dropout=0.0, rslora=False     adapter  bottleneck=16
-    ia3         feedforward=(down, down_proj): where l scales the input
+    ia3         feedforward=(down, down_proj, wo): where l scales the input
     prefix      length=16, hidden=128, reparametrize=True       prompt   length=16, at=0
     p_tuning    length=16, hidden=128, encoder="mlp" or "lstm", at=0 (tokens before it)
     ValueError, before anything changes: a method, name, target or number that does not fit."""
+    check_free(model, name)
+    attach(model, name, method, build(model, method, targets, seed, config), config)
+
+
+def check_free(model, name):
     if name in getattr(model, "peft", {}):
         raise ValueError(f"there is an adapter {name!r}: give this one another name=")
-    attach(model, name, method, build(model, method, targets, seed, config), config)
+    if any(place.merged for place in places(model).values()):
+        raise ValueError("an adapter is merged: unmerge() first")
 
 
 def attach(model, name, method, built, config):
@@ -572,7 +589,12 @@ def gathered(p, layer):
     return torch.cat(parts, p.shard[1])
 
 
-# What Hugging Face's peft calls them; other methods have names of ours.
+# Keys of Hugging Face's adapter_config.json that change nothing, or that we know. Others must be
+# off: pissa and olora (init_lora_weights), for instance, have changed the base itself.
+HARMLESS = set("""peft_type peft_version auto_mapping base_model_name_or_path revision task_type
+    inference_mode r lora_alpha lora_dropout target_modules exclude_modules use_rslora use_dora
+    fan_in_fan_out layers_to_transform layers_pattern megatron_core qalora_group_size""".split())
+# What that library calls our parameters; other methods have names of ours.
 NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 
@@ -631,15 +653,14 @@ def load_adapter(model, folder, name="default", rename=None):
     peft. ValueError, before anything changes: a layer or a shape that is not this model's."""
     described = json.loads(pathlib.Path(folder, "adapter_config.json").read_text())
     state = safetensors().load_file(pathlib.Path(folder, "adapter_model.safetensors"))
-    if name in getattr(model, "peft", {}):
-        raise ValueError(f"there is an adapter {name!r}: give this one another name=")
+    check_free(model, name)
     method = described["peft_type"]
     if method == "LORA":
-        other = {"bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
-                 "lora_bias": False, "fan_in_fan_out": False, "target_parameters": None}
-        for key, plain in other.items():
-            if described.get(key, plain) not in (plain, None, [], {}):
-                raise ValueError(f"{folder}: {key}={described[key]!r} is not supported")
+        for key, value in described.items():
+            plain = {"bias": "none", "init_lora_weights": (True, "gaussian")}.get(key, ())
+            if key not in HARMLESS and value and value not in plain:
+                raise ValueError(f"{folder}: {key}={value!r} is unknown here: merge it into its base "
+                                 f"by the library that made it")
         method = "dora" if described.get("use_dora") else "lora"
         config = {"rank": described["r"], "alpha": described["lora_alpha"],
                   "dropout": described.get("lora_dropout", 0.0),
