@@ -390,10 +390,11 @@ def places_of(model, method, targets):
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     keys = {name: next((getattr(m, k) for k in ("k", "k_proj") if hasattr(m, k)), None)
             for name, m in modules.items() if hasattr(m, "head_dim")}
-    fits = {"adapter": lambda name, m: any(map(is_linear, m.modules())),
+    tests = {"adapter": lambda name, m: any(map(is_linear, m.modules())),
             "prefix": lambda name, m: keys.get(name) is not None,
             "bitfit": lambda name, m: isinstance(getattr(m, "bias", None), nn.Parameter) and (
-                is_linear(m) or getattr(m, "weight", m.bias).dim() == 1)}.get(method, lambda name, m: is_linear(m))
+                is_linear(m) or getattr(m, "weight", m.bias).dim() == 1)}
+    fits = tests.get(method, lambda name, m: is_linear(m))
     containers = nn.Sequential, nn.ModuleList, nn.ModuleDict       # a child more would run, too
     able = {name: m for name, m in modules.items()
             if fits(name, m) and not isinstance(m, containers)}
@@ -659,8 +660,8 @@ def load_adapter(model, folder, name="default", rename=None):
         for key, value in described.items():
             plain = {"bias": "none", "init_lora_weights": (True, "gaussian")}.get(key, ())
             if key not in HARMLESS and value and value not in plain:
-                raise ValueError(f"{folder}: {key}={value!r} is unknown here: merge it into its base "
-                                 f"by the library that made it")
+                raise ValueError(f"{folder}: {key}={value!r} is unknown here: merge it into its "
+                                 f"base by the library that made it")
         method = "dora" if described.get("use_dora") else "lora"
         config = {"rank": described["r"], "alpha": described["lora_alpha"],
                   "dropout": described.get("lora_dropout", 0.0),
