@@ -487,6 +487,8 @@ class GPT(nn.Module):
         where = find_tensors(folder)
         with torch.no_grad():
             for name, p in model.named_parameters():
+                if model.config.tied and name == "head.weight":             # of a last stage
+                    name = "embed.weight"
                 p.copy_(read_tensor(where, name, p, model.tp_group))
         return model
 

@@ -6204,6 +6204,10 @@ def test_model_reads_and_writes_the_folders_of_transformers(ranks, tmp_path):
         ours.save_pretrained(tmp_path / f"{case} again", 20000 if case == "Llama" else 10**9)
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{case} again")
         close(back.eval()(x).logits, want, 1e-5, f"{case}, written")
+        whole = dict(ours.named_parameters(remove_duplicate=False))
+        for i in range(2):
+            stage = GPT.from_pretrained(tmp_path / case, stages=([i], 2))
+            assert all(torch.equal(p, whole[name]) for name, p in stage.named_parameters())
         short = GPT.from_pretrained(tmp_path / case, seq_len=9).eval()
         close(short(x)[0], want, 1e-5, f"{case}, shorter")
     assert len(list((tmp_path / "Llama again").glob("*.safetensors"))) > 1
@@ -6705,7 +6709,7 @@ def test_train_gradients_of_experts_are_those_of_one_process(ranks, corpus, tmp_
 @pytest.mark.parametrize("mutation", [
     ("self.model.set_loss_scale(self.scale / self.microbatches)", "pass"),
     ("p.replicas = replicas", "pass"),
-    ("                         self.dp_group).to(", "                         None).to(")])
+    ("ep_group=ep_group, data_group=self.dp_group)", "ep_group=ep_group, data_group=None)")])
 def test_train_the_gradient_check_of_experts_notices(ranks, corpus, tmp_path, mutation):
     with pytest.raises(AssertionError, match="ranks, .*: max error"):
         check_gradients_of_experts_are_those_of_one_process(ranks, corpus, tmp_path, mutation)
