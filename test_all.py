@@ -74,7 +74,7 @@ torch.set_num_threads(1)                # the other core is for the demos: see d
 # ------------------------------------------------------------------ tools of the tests
 
 def slow(value):
-    """A case that only `pytest test_all.py -m slow` runs: the other cases show as good as all."""
+    """A case that only `pytest test_all.py -m slow` runs, so that the rest takes 5 minutes."""
     return pytest.param(value, marks=pytest.mark.slow)
 
 
@@ -7266,7 +7266,8 @@ def test_house_lines_of_the_tests_are_as_short():
     assert [i + 1 for i, line in enumerate(lines) if len(line) > 100] == []
 
 
-@pytest.mark.parametrize("name", sorted(PARTS))
+@pytest.mark.parametrize("name", [slow(name) if name in ("pp", "moe") else name
+                                  for name in sorted(PARTS)])          # 20 seconds each
 def test_house_a_file_copied_alone_proves_its_claims_and_draws_its_figure(name, tmp_path, demos):
     if name == "flash_triton" and flash_triton is None:
         pytest.skip("Triton is missing")
