@@ -8,17 +8,17 @@
     ia3       l * (k or v), W (l * x) in the MLP      l = 1
     bitfit    b + d                             biases only             d = 0
     adapter   y + up(relu(down(y)))             after attention and after the MLP; up = 0
-    prefix    every attention also sees P keys and values of its own; made by an MLP that is dropped
-              when saved (reparametrize=False: P-tuning v2)
+    prefix    every attention also sees P keys and values of its own; an MLP a layer (the paper: one
+              for all) makes them, and is not saved (reparametrize=False: none, P-tuning v2)
     prompt    P vectors before the embedded text;    p_tuning: the same, made by an MLP or LSTM
 
     methods that change what a layer computes            methods that add to what a model reads
     x --+-- W (frozen) --(+)-- y                         [p p p] x x x --> blocks --> [cut] y y y
         '-- A -- s B -----'                              k v of each layer: [p p p] k k k
 
-Cost      r (in + out) parameters a layer for LoRA instead of in * out, so 16 bytes of Adam's states
-          for each of few; backward still passes through W, but needs no gradient of it: 2/3 of the
-          FLOPs. Merged, LoRA costs nothing when used; prefix and prompt cost P keys a query
+Cost      r (in + out) parameters a layer for LoRA instead of in * out: gradient and Adam's moments,
+          12 bytes in fp32, for each of few; backward still passes through W, but needs no gradient
+          of it: about 2/3 of the FLOPs. Merged, it costs nothing; prefix and prompt: P more keys
 Paper     Hu et al. 2021, LoRA, section 4 (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA
           (2312.03732); Liu et al. 2024, DoRA, section 4 (2402.09353); Li & Liang 2021, prefix, 4.2
           and 4.3 (2101.00190); Lester et al. 2021, prompt (2104.08691); Liu et al. 2021, P-tuning,
