@@ -17,8 +17,8 @@ bytes that the offset cuts off.
 Cost      one permutation of len(text) / T numbers per epoch; files are mapped, not loaded.
 Paper     Radford et al. 2018, equation 1 (causal); Devlin et al. 2019, section 3.1 (masked)
 Run       python data.py        every claim, and figures/data.png, about 5 s
-Left out  tokenizers (a byte is a token: 256 symbols, nothing to train), next-sentence prediction,
-          span corruption, mixing several corpora
+Left out  tokenizers (a byte is a token: 256 symbols, nothing to train; Windows takes any array of
+          tokens), next-sentence prediction, span corruption, mixing several corpora
 """
 
 import os
@@ -75,8 +75,8 @@ class Windows:
         self.count = (len(text) - (length if shuffle else 1)) // length
         if length < 1 or self.count < 1:
             least = 2 * length if shuffle else length + 1
-            raise ValueError(f"{len(text)} bytes of text are too few for windows of {length}: "
-                             f"give at least {least} bytes or a shorter window")
+            raise ValueError(f"{len(text)} bytes (or tokens) of text are too few for windows of "
+                             f"{length}: give at least {least} or a shorter window")
         if seed < 0:
             raise ValueError(f"seed={seed}: must be 0 or more")
         self.epoch, self.starts = None, None

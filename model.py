@@ -493,10 +493,11 @@ class GPT(nn.Module):
         return model
 
     @torch.no_grad()
-    def save_pretrained(self, folder, shard_bytes=5 * 10**9):
+    def save_pretrained(self, folder, shard_bytes=5 * 10**9, copy_from=None):
         """Write such a folder, whole, in the weights' types: transformers reads it as Qwen3 (with
-        qk_norm), Llama or Mixtral. All ranks call it; not for a part of a pipeline. ValueError: no
-        such model there, or the folder exists."""
+        qk_norm), Llama or Mixtral. copy_from: the folder that it comes from, whose tokenizer and
+        longest text it keeps. All ranks call it; not for a part of a pipeline. ValueError: no such
+        model there, or the folder exists."""
         folder, config = pathlib.Path(folder), theirs_of(self.config)
         if folder.exists():
             raise ValueError(f"{folder} exists: nothing is overwritten, name another folder")
@@ -516,6 +517,13 @@ class GPT(nn.Module):
         shutil.rmtree(beside, ignore_errors=True)               # of a kill
         beside.mkdir(parents=True)
         config["torch_dtype"] = str(next(self.parameters()).dtype).removeprefix("torch.")
+        if copy_from:
+            known = json.loads(pathlib.Path(copy_from, "config.json").read_text())
+            config |= {key: value for key, value in known.items() if key.endswith("_token_id")}
+            config["max_position_embeddings"] = config_of(known).seq_len    # not the seq_len here
+            for name in TOKENIZER:
+                if pathlib.Path(copy_from, name).is_file():
+                    shutil.copy(pathlib.Path(copy_from, name), beside)
         (beside / "config.json").write_text(json.dumps(config, indent=2))
         places = {}
         for i, tensors in enumerate(files):
@@ -627,6 +635,10 @@ def theirs_from(name, t):
     return {f"{prefix}.{i}.{w}.weight": t[i, j]                 # (E, 2, H, C)
             for i in range(len(t)) for j, w in enumerate(("w1", "w3"))}
 
+
+# Files that a tokenizer, and generation, may have beside a model.
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja",
+             "special_tokens_map.json", "generation_config.json")
 
 # What transformers takes for a key that a config.json does not have.
 THEIR_DEFAULTS = {"rms_norm_eps": 1e-6}

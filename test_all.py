@@ -5649,7 +5649,7 @@ def test_data_bad_input_is_refused_with_the_fix(tmp_path):
     for call, message in (
         (lambda: data.text_file(tmp_path / "none"), "no such file"),
         (lambda: data.text_file(empty), "is empty"),
-        (lambda: data.Windows(np.zeros(10, np.uint8), 10), "at least 20 bytes"),
+        (lambda: data.Windows(np.zeros(10, np.uint8), 10), "at least 20 or"),
         (
             lambda: data.examples(data.Windows(np.zeros(99, np.uint8), 9), [0], "next"),
             "causal or mlm",

@@ -11,6 +11,7 @@
     python train.py --recompute full    keep less for backward, compute it again (checkpoint.py)
     python train.py --experts 8         more weights, the same work for a token (see moe.py)
     python train.py --init out/model --peft lora --data my.txt --out tuned      fine-tune (peft.py)
+    python train.py --init out/model --data pairs.jsonl --out tuned     prompts, completions: sft.py
     python train.py --resume            go on from the last checkpoint, with the run's own settings
     python train.py --objective mlm     masked (BERT) instead of causal (GPT) language modelling
 
@@ -46,6 +47,7 @@ from metrics import Meter, scores
 from model import GPT, Config, config_of, hf_name
 from muon import Muon
 from pp import NAMES, Pipeline, schedule
+from sft import Bytes, Pairs, pairs_file, tokenizer_of
 from tp import (cuts, grad_norm, part_like, sum_replicated_grads, tp_size, unshard,
                 vocab_parallel_cross_entropy)
 from zero import Zero
@@ -117,13 +119,12 @@ class Trainer:
         taken = self.out.is_file() or self.out.is_dir() and any(self.out.iterdir())
         if taken and not self.log.exists():
             raise ValueError(f"--out {self.out} holds something that is no run: name another")
-        text, val_text = text_file(args.data) if args.data else standard_library()
-        self.windows = Windows(text, args.seq_len, args.seed)
-        self.val_windows = Windows(val_text, args.seq_len, args.seed, shuffle=False)
+        self.tokenizer = tokenizer_of(args.init) if args.init else Bytes()
+        data = self.read_data()
         causal = args.objective == "causal"
         if args.init:
             more = 16 if args.peft in ("prompt", "p_tuning") else 0         # peft.py's length
-            config = folder_config(args.init, args.seq_len + more)
+            config = folder_config(args.init, args.seq_len + more, self.tokenizer.size)
             for name in SHAPE:
                 setattr(args, name, getattr(config, name) if name != "seq_len" else args.seq_len)
         else:
@@ -134,7 +135,7 @@ class Trainer:
         if args.init:
             shape |= {"init": folder_crc32(args.init), "peft": args.peft}
         self.facts = {**shape, "optimizer": args.optimizer,
-                      "data": f"{len(text)} bytes with crc32 {zlib.crc32(text):08x}"}
+                      "data": data}
         self.dp_group, self.pp_group, self.tp_group = dist.group.WORLD, None, None
         if args.tp > 1 or args.pp > 1:
             mesh = dist.init_device_mesh(args.device, (args.pp, self.dp, args.tp))
@@ -172,10 +173,12 @@ class Trainer:
         if args.pp > 1:
             def loss_of(logits, targets):
                 return vocab_parallel_cross_entropy(logits, targets, self.tp_group)
+
+            def loss_to_step(logits, targets):
+                return loss_of(logits, targets) * (self.scale * self.weight(targets))
             stages = [self.model.stage(i, n) for i in mine]
             ops = schedule(args.schedule, args.pp, self.microbatches, args.chunks)
-            self.pipeline = Pipeline(stages, ops, lambda *args: loss_of(*args) * self.scale,
-                                     self.pp_group)
+            self.pipeline = Pipeline(stages, ops, loss_to_step, self.pp_group)
             whole = schedule("naive", args.pp, 1, args.chunks)          # for any number of rows
             self.evaluation = Pipeline(stages, whole, loss_of, self.pp_group)
         self.step = self.load() if args.resume else 0
@@ -204,13 +207,37 @@ class Trainer:
             say(f"moe    {args.top_k} of {args.experts} experts, {config.expert_hidden} wide, work "
                 f"for a token: {at_work:,.0f} parameters, {config.flops() / 1e6:.3g} of "
                 f"{all_work / 1e6:.3g} MFLOPs")
-        say(f"data   {len(text):,} bytes to learn from, {len(val_text):,} to validate on")
+        say(f"data   {self.data_line}")
         say(f"optim  {trained_by}")
         if self.model.recompute:
             say(f"memory backward computes blocks {sorted(self.model.recompute)} again: "
                 f"{args.recompute}")
         if low or args.dtype == "fp8":
             say(f"dtype  matrix products in {args.dtype}, optimizer and checkpoints in fp32")
+
+    def read_data(self):
+        """Make the training and validation windows, or pairs -> what identifies the text."""
+        args = self.args
+        if args.data and args.data.endswith(".jsonl"):
+            both, make, unit = pairs_file(args.data, self.tokenizer), Pairs, "pairs"
+            facts = f"{len(both[0])} pairs with crc32 {zlib.crc32(repr(both[0]).encode()):08x}"
+        else:
+            texts = text_file(args.data) if args.data else standard_library()
+            both = [self.tokenizer.encode_file(text) for text in texts]
+            make, unit = Windows, "bytes" if isinstance(self.tokenizer, Bytes) else "tokens"
+            facts = f"{len(both[0])} {unit} with crc32 {zlib.crc32(both[0]):08x}"
+        self.windows = make(both[0], args.seq_len, args.seed)
+        self.val_windows = make(both[1], args.seq_len, args.seed, shuffle=False)
+        self.data_line = f"{len(both[0]):,} {unit} to learn from, {len(both[1]):,} to validate on"
+        if make is Pairs:
+            self.tokens_per_byte = self.val_windows.tokens_per_byte
+            self.prompt = self.val_windows.pairs[0][0]
+            self.data_line += (f"; of these {self.windows.left_out} and "
+                               f"{self.val_windows.left_out} are too long for --seq-len, left out")
+        else:
+            self.tokens_per_byte = len(both[1]) / len(texts[1])
+            self.prompt = self.tokenizer.encode("\n" if args.data else "\ndef ")
+        return facts
 
     def count_parameters(self):
         """-> all of the model, however it is cut; those that work for one token."""
@@ -285,7 +312,7 @@ class Trainer:
             part = numbers[i:i + 32 * self.dp]
             mine = list(part[self.dp_rank::self.dp])
             rows = [*mine, numbers[0]][:-(-len(part) // self.dp)]       # as many on all ranks
-            x, y = examples(self.val_windows, rows, self.args.objective)
+            x, y = self.examples(self.val_windows, rows)
             y = torch.cat([y[:len(mine)], torch.full_like(y[len(mine):], -100)])
             x, y = x.to(self.args.device), y.to(self.args.device)
             with self.region():
@@ -296,6 +323,19 @@ class Trainer:
         self.model.train()
         nats, targets = self.sum_over_ranks(nats, targets)
         return nats / targets
+
+    def examples(self, windows, numbers):
+        if isinstance(windows, Pairs):
+            return windows.examples(numbers)
+        return examples(windows, numbers, self.args.objective)
+
+    def weight(self, targets):
+        """Of a part's mean loss: its number of targets / that of an average part of the step."""
+        if not isinstance(self.windows, Pairs):
+            return 1.0                              # all have as many
+        step = range(self.step * self.args.batch_size, (self.step + 1) * self.args.batch_size)
+        mean = self.windows.targets(step) / (self.dp * self.microbatches)
+        return (targets != -100).sum() / mean
 
     @property
     def scale(self):
@@ -311,17 +351,17 @@ class Trainer:
         rows = args.batch_size // self.dp
         begin = self.step * args.batch_size + self.dp_rank * rows
         if self.pipeline:
-            x, y = examples(self.windows, range(begin, begin + rows), args.objective)
+            x, y = self.examples(self.windows, range(begin, begin + rows))
             with self.parallel.no_sync():
                 total = self.pipeline.step(x.to(args.device), y.to(args.device))
         size = rows // self.microbatches
         for i in range(0 if self.pipeline else self.microbatches):
             part = range(begin + i * size, begin + (i + 1) * size)
-            x, y = examples(self.windows, part, args.objective)
+            x, y = self.examples(self.windows, part)
             last = i == self.microbatches - 1
             with contextlib.nullcontext() if last else self.parallel.no_sync():
-                loss = self.parallel(x.to(args.device), y.to(args.device))[1] / self.microbatches
-                loss = loss * self.scale
+                loss = self.parallel(x.to(args.device), y.to(args.device))[1]
+                loss = loss / self.microbatches * (self.scale * self.weight(y))
                 loss.backward()
             total = total + loss.detach()
         self.parallel.sync()
@@ -382,7 +422,8 @@ class Trainer:
             if args.experts:
                 values["busiest"] = self.max_over_ranks(self.busiest)
             if check:
-                values |= scores(self.evaluate(None if self.step == args.steps else 100))
+                nats = self.evaluate(None if self.step == args.steps else 100)
+                values |= scores(nats, self.tokens_per_byte)
             line = self.meter.log(self.step, **values)
             if keep:
                 settings = {key: value for key, value in vars(args).items() if key not in LAYOUT}
@@ -423,36 +464,43 @@ class Trainer:
                 peft.merge(model)
             if self.args.merge or not self.args.peft:
                 shutil.rmtree(self.out / "model", ignore_errors=True)
-                model.save_pretrained(self.out / "model")
+                model.save_pretrained(self.out / "model", copy_from=self.args.init)
         except (ValueError, ImportError) as reason:
             say(f"note   no folder to share: {reason}")
 
     @torch.no_grad()
     def sample(self, model):
-        """causal: 500 new bytes. mlm: the first validation window, its hidden bytes filled in."""
+        """causal: 500 new tokens, of pairs a completion of the first validation prompt. mlm: the
+        first validation window, its hidden bytes filled in."""
         if self.args.objective == "causal":
             torch.manual_seed(self.args.seed)
-            prompt = torch.tensor([list(b"\n" if self.args.data else b"\ndef ")])
+            prompt = torch.tensor([self.prompt or [self.tokenizer.end]])
             prompted = self.args.peft in ("prompt", "p_tuning")     # it takes some of seq_len
-            new = max(1, self.args.seq_len - prompt.shape[1]) if prompted else 500
+            short = prompted or isinstance(self.windows, Pairs)
+            new = max(1, self.args.seq_len - prompt.shape[1]) if short else 500
             tokens = model.generate(prompt.to(self.args.device), new, 0.8, use_cache=not prompted)
         else:
             tokens = examples(self.val_windows, [0], "mlm")[0].to(self.args.device)
             tokens = tokens.where(tokens != MASK, model(tokens)[0][..., :MASK].argmax(-1))
-        text = bytes(tokens[0].tolist()).decode("utf-8", "replace")
+        tokens = tokens[0].tolist()
+        if isinstance(self.windows, Pairs) and self.tokenizer.end in tokens:
+            tokens = tokens[:tokens.index(self.tokenizer.end)]
+        text = self.tokenizer.decode(tokens)
         (self.out / "sample.txt").write_text(text)
         say(f"{' a sample of what it writes ':-^80}\n{text.strip()}\n{'':-^80}")
 
 
-def folder_config(folder, seq_len):
-    """ValueError: its tokens are not our bytes."""
+def folder_config(folder, seq_len, tokens):
+    """ValueError: no model there, or one of other tokens."""
     path = pathlib.Path(folder, "config.json")
     if not path.is_file():
         raise ValueError(f"--init {folder}: no config.json there: give a folder such as out/model")
     config = config_of(json.loads(path.read_text()), seq_len)
-    if config.vocab_size != 256:
-        raise ValueError(f"--init {folder}: {config.vocab_size} tokens, but this trainer reads "
-                         f"bytes: 256")
+    own = pathlib.Path(folder, "tokenizer.json").is_file()
+    if config.vocab_size < tokens or not own and config.vocab_size != 256:
+        raise ValueError(f"--init {folder}: the model has {config.vocab_size} tokens, "
+                         + (f"tokenizer.json {tokens}" if own else "and no tokenizer.json is there "
+                            "to make them: without one it must be 256, bytes"))
     return config
 
 
@@ -482,7 +530,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     add = parser.add_argument
-    add("--data", help="text file; default: the Python standard library's source")
+    add("--data", help="text file, or *.jsonl of pairs, {\"prompt\": ..., \"completion\": ...}; "
+        "default: the Python standard library's source")
     add("--objective", choices=("causal", "mlm"), default="causal", help="next or hidden bytes")
     add("--init", help="start from the model of this folder, instead of at random; it gives the "
         "shape, too")
@@ -493,7 +542,7 @@ def parse(argv):
     add("--heads", type=int, default=4)
     add("--kv-heads", type=int, default=2, help="key/value heads, a divisor of --heads")
     add("--hidden", type=int, help="width inside the MLP; default: 4 C, for swiglu 8/3 C")
-    add("--seq-len", type=int, default=256, help="bytes in a sequence")
+    add("--seq-len", type=int, default=256, help="bytes, or tokens of --init, in a sequence")
     add("--mlp", choices=("swiglu", "gelu", "relu", "relu2"), default="swiglu")
     add("--experts", type=int, default=0, help="in place of every MLP so many; 0: the MLP")
     add("--top-k", type=int, default=2, help="experts that work for a token")
@@ -558,6 +607,8 @@ def parse(argv):
     if args.peft in ("prompt", "p_tuning") and args.pp > 1:
         raise ValueError(f"--peft {args.peft} goes without --pp: the prompt enters and leaves the "
                          f"whole model")
+    if args.data and args.data.endswith(".jsonl") and args.objective != "causal":
+        raise ValueError("--data *.jsonl, pairs, goes with --objective causal")
     if args.init and (args.objective != "causal" or args.dropout):
         raise ValueError("--init goes with --objective causal, and without --dropout")
     if args.optimizer == "muon" and (args.zero or args.tp > 1):
@@ -601,7 +652,7 @@ def main(argv):
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         trainer = Trainer(args)
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, ImportError) as problem:
         fail(problem)
     trainer.train()
     trainer.finish()
