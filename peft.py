@@ -789,6 +789,18 @@ RUNS = {"all weights": ((3e-3, 1e-2, 3e-2), {}), "lora": ((3e-3, 1e-2, 3e-2), {}
         "p_tuning": ((3e-3, 1e-2, 3e-2), {"hidden": 32})}
 
 
+def file_bytes(model):
+    """Of the saved adapter; of a model without one, its weights in float32."""
+    if not hasattr(model, "peft"):
+        return sum(p.nbytes for p in model.parameters())
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(model, f"{folder}/adapter")
+            return pathlib.Path(folder, "adapter", "adapter_model.safetensors").stat().st_size
+    except ImportError:
+        return math.nan
+
+
 def adapted(base, method, **config):            # a copy of it
     model = copy.deepcopy(base)
     if method != "all weights":
@@ -846,20 +858,21 @@ def demo(steps=100):
     start = held_out(base, manual), held_out(base, code)
     demo_claims(base, manual)
     print(f"\n{steps} steps on the English of Python's manual, from a base that knows Python code; "
-          f"nats a held-out byte\n{'':<12} {'trained':>8} {'share':>7} {'of Adam':>9} {'rate':>6} "
-          f"{'manual':>7} {'code':>6}  a step\n{'the base':<43} {start[0]:>11.3f} {start[1]:>6.3f}")
+          f"nats a held-out byte\n{'':<12} {'trained':>8} {'share':>7} {'of Adam':>9} {'file':>9} "
+          f"{'rate':>6} {'manual':>7} {'code':>6}  a step\n"
+          f"{'the base':<53} {start[0]:>11.3f} {start[1]:>6.3f}")
     rows = {}
     for method, (rates, config) in RUNS.items():
         for lr in rates:
             model = adapted(base, method, **config)
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
             ms = train(model, manual, lr, steps)
-            row = held_out(model, manual), held_out(model, code), count, lr, ms
+            row = held_out(model, manual), held_out(model, code), count, lr, ms, file_bytes(model)
             rows[method] = min(rows.get(method, row), row)
-        loss, forgot, count, lr, ms = rows[method]
+        loss, forgot, count, lr, ms, size = rows[method]
         share = count / sum(p.numel() for p in base.parameters())
-        print(f"{method:<12} {count:>8,} {share:>7.2%} {8 * count:>7,} B {lr:>6g} {loss:>7.3f} "
-              f"{forgot:>6.3f}  {ms:.1f} ms")
+        print(f"{method:<12} {count:>8,} {share:>7.2%} {8 * count:>7,} B {size:>7,} B {lr:>6g} "
+              f"{loss:>7.3f} {forgot:>6.3f}  {ms:.1f} ms")
     print()
     full, lora = rows["all weights"], rows["lora"]
     gain = (start[0] - lora[0]) / (start[0] - full[0])
@@ -878,7 +891,7 @@ def draw(rows, start):
     left, right = figure.subplots(1, 2)
     beside = {"dora": (5, -9), "prompt": (5, -9), ("bitfit", False): (-28, 5),
               ("ia3", True): (-5, 6), "all weights": (-58, 5)}
-    for method, (loss, forgot, count, _, _) in rows.items():
+    for method, (loss, forgot, count, *_) in rows.items():
         for axes, x, y in ((left, count, loss), (right, forgot, loss)):
             axes.plot(x, y, "o", markersize=5)
             shift = beside.get((method, axes is left), beside.get(method, (5, 4)))

@@ -62,6 +62,7 @@ import peft
 import pp
 import resume
 import rope
+import sft
 import tp
 import train
 import zero
@@ -5665,6 +5666,141 @@ def test_data_the_last_tenth_of_a_file_is_validation(tmp_path):
     assert train_text.tobytes() == bytes(range(90)) and val_text.tobytes() == bytes(range(90, 100))
 
 
+# ------------------------------------------------------------------ sft.py
+
+SPOKEN = ["the cat sat on the mat", "the dog sat on the log", " the", " cat", "abc abc abc"] * 20
+
+
+def bpe(folder, before=None, vocab=300):
+    """A small byte-level tokenizer, with [end] and [begin], as files of a model's folder."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers: pip install tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.train_from_iterator(SPOKEN, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["[end]", "[begin]"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    if before:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=before, special_tokens=[("[end]", 0), ("[begin]", 1)])
+    made.enable_truncation(4)                               # as some files on the Hub have it
+    made.enable_padding(length=50)
+    folder.mkdir(exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[end]"}))
+    return folder
+
+
+def check_pairs_hold_the_completion_as_target(module):
+    pairs = [module.split_pair("ab" * n, "xyz"[:n], module.Bytes()) for n in (1, 2, 3)]
+    rows = module.Pairs(pairs, 8, shuffle=False)
+    x, y = rows.examples(range(3))
+    assert x[1].tolist() == [*b"ababxy", 0, 0]
+    assert y[1].tolist() == [-100] * 3 + [*b"xy", 0] + [-100] * 2
+    assert rows.left_out == 1 and rows.count == 2 and torch.equal(x[2], x[0])
+    assert rows.targets([0, 1, 2]) == 2 + 3 + 2 == (y != -100).sum()
+    assert rows.tokens_per_byte == 5 / 3
+    assert module.Pairs(pairs, 9).left_out == 0             # as long as a row and its last target
+    many = [module.split_pair(f"{i}:", "x", module.Bytes()) for i in range(50)]
+    rows = module.Pairs(many, 9, seed=3)
+    for epoch in range(2):
+        numbers = range(50 * epoch, 50 * epoch + 50)
+        assert sorted(rows[n] for n in numbers) == sorted(many)
+    first = [rows[n] for n in range(50)]
+    assert first != [rows[n] for n in range(50, 100)] and first == [rows[n] for n in range(50)]
+    assert first != [module.Pairs(many, 9, seed=4)[n] for n in range(50)]
+
+
+def test_sft_pairs_hold_the_completion_as_target():
+    check_pairs_hold_the_completion_as_target(sft)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("count[start:end] = True", "count[:end] = True"),
+    ("count[start:end] = True", "count[start:] = True"),
+    ("count[start:end] = True", "count[start:end - 1] = True"),
+    ("[*whole[cut:], tokenizer.end]", "[*whole[cut:], 32]"),
+    ("[self.seed, epoch]", "[self.seed]"),
+    ("<= length + 1]", "<= length + 2]")])
+def test_sft_the_pairs_check_notices(line, broken):
+    with pytest.raises((AssertionError, RuntimeError)):     # a row that is too long: torch says so
+        check_pairs_hold_the_completion_as_target(mutant("sft", line, broken))
+
+
+def check_a_token_across_the_seam_is_the_completions(module, folder):
+    tokenizer = module.Tokenizer(folder)
+    assert tokenizer.end == 0 and 258 < tokenizer.size <= 300
+    for prompt, completion, seam in (("the cat", " sat", ""), ("the c", "at", " cat"),
+                                     ("a\u20ac \u4e2d", "\u6587 ", "")):
+        start, rest, size = module.split_pair(prompt, completion, tokenizer)
+        whole = tokenizer.model.encode(prompt + completion, add_special_tokens=False).ids
+        assert start[0] == 1 and [*start[1:], *rest] == [*whole, 0]         # [begin] ... [end]
+        assert size == len(completion.encode())
+        assert tokenizer.decode(start) == (prompt if not seam else "the")
+        assert tokenizer.decode(rest) == (completion if not seam else seam)
+    text = "the cat sat on the mat\n" * 90_000              # over 1 MB: in pieces
+    tokens = tokenizer.encode_file(text.encode() + b"\xff")
+    assert tokens.dtype == np.uint32 and len(text) > 2e6 and 1 not in tokens
+    assert tokenizer.decode(tokens.tolist()) == text + "\ufffd"
+
+
+def test_sft_a_token_across_the_seam_is_the_completions(tmp_path):
+    check_a_token_across_the_seam_is_the_completions(
+        sft, bpe(tmp_path, before="[begin] $A [end]"))
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("self.model.no_truncation()", "pass"), ("self.model.no_padding()", "pass"),
+    ("tokens[:-1] if tokens[-1:]", "tokens if tokens[-1:]"),
+    ("len(os.path.commonprefix([tokenizer.encode(prompt), whole]))",
+     "len(tokenizer.encode(prompt))"),
+    ('text.find("\\n", start + 1_000_000) + 1', "start + 1_000_001"),
+    ("text[start:end], add_special_tokens=False", "text[start:end]")])
+def test_sft_the_seam_check_notices(line, broken, tmp_path):
+    module, folder = mutant("sft", line, broken), bpe(tmp_path, before="[begin] $A [end]")
+    if "1_000_001" in broken:                               # pieces cut anywhere: other tokens
+        text = b"a cat sat on the mat\n" * 90_000
+        assert not np.array_equal(module.Tokenizer(folder).encode_file(text),
+                                  sft.Tokenizer(folder).encode_file(text))
+    else:
+        assert_caught(check_a_token_across_the_seam_is_the_completions, module, folder)
+
+
+def test_sft_what_ends_a_text_is_found_where_folders_say_it(tmp_path):
+    folder = bpe(tmp_path)
+    for file, known, want in (
+            ("tokenizer_config", {"eos_token": {"content": "[begin]", "lstrip": False}}, 1),
+            ("tokenizer_config", {"eos_token": None}, 7), ("tokenizer_config", {}, 7),
+            ("config", {"eos_token_id": [9, 8]}, 9), ("config", {"eos_token_id": None}, None)):
+        if file == "tokenizer_config":
+            (folder / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+        (folder / f"{file}.json").write_text(json.dumps(known))
+        if want is not None:
+            assert sft.Tokenizer(folder).end == want
+    with pytest.raises(ValueError, match="says what ends a text"):
+        sft.Tokenizer(folder)
+
+
+def test_sft_bad_input_is_refused_with_the_line(tmp_path):
+    good = '{"prompt": "a", "completion": "b"}'
+    for text, message in (
+            (f"{good}\n\n{{'prompt': 1}}", "line 3: not an object with two strings"),
+            (f'{good}\n{{"prompt": "a"}}', "line 2: not an object with two strings"),
+            (f'{good}\n{{"prompt": "a", "completion": 4}}', "line 2: not an object with two"),
+            (f"{good}\n[1]", "line 2: not an object"), (f"{good}\n7", "line 2: not an object"),
+            (f'{good}\n{{"prompt": "", "completion": "x"}}', "line 2: the prompt has no token"),
+            (good, "1 pairs, but 2 is the least"), ("", "0 pairs, but 2")):
+        (tmp_path / "pairs.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            sft.pairs_file(tmp_path / "pairs.jsonl", sft.Bytes())
+    with pytest.raises(ValueError, match="none of 1 pairs fits in rows of 3 tokens"):
+        sft.Pairs([sft.split_pair("abc", "de", sft.Bytes())], 3)
+    (tmp_path / "pairs.jsonl").write_text("\n".join([good] * 25))
+    both = sft.pairs_file(tmp_path / "pairs.jsonl", sft.Bytes())
+    assert [len(part) for part in both] == [22, 3]
+    assert both[0][0] == ([97], [98, 0], 1)
+
+
 # ------------------------------------------------------------------ resume.py
 
 def state_of(step):
@@ -6651,15 +6787,19 @@ def _gradients(mutation, argv):
     return _first_gradient(module, argv)
 
 
-def check_gradients_are_those_of_one_process(ranks, corpus, tmp_path, mutation=None):
+LAYOUTS = ((1, 3), (2, 2), (3, 1), (2, 2, "--tp", "2"), (4, 1, "--tp", "2"),
+           (4, 2, "--tp", "2", "--sequence-parallel"), (3, 4, "--pp", "3"),
+           (2, 4, "--pp", "2", "--schedule", "interleaved"),
+           (4, 3, "--pp", "2", "--schedule", "zb-h1"),
+           (4, 2, "--pp", "2", "--tp", "2", "--sequence-parallel"))
+
+
+def check_gradients_are_those_of_one_process(ranks, corpus, tmp_path, mutation=None,
+                                             layouts=LAYOUTS):
     """float64, before any optimizer: Adam and Muon would hide a constant factor."""
     argv = [*TINY, "--layers", "4", "--data", corpus, "--steps", "1", "--out", str(tmp_path / "a")]
     want = ranks.run(_gradients, 1, None, argv)[0]
-    for n, parts, *layout in ((1, 3), (2, 2), (3, 1), (2, 2, "--tp", "2"), (4, 1, "--tp", "2"),
-                              (4, 2, "--tp", "2", "--sequence-parallel"), (3, 4, "--pp", "3"),
-                              (2, 4, "--pp", "2", "--schedule", "interleaved"),
-                              (4, 3, "--pp", "2", "--schedule", "zb-h1"),
-                              (4, 2, "--pp", "2", "--tp", "2", "--sequence-parallel")):
+    for n, parts, *layout in layouts:
         flags = [*argv, "--microbatches", str(parts), *layout]
         found = ranks.run(_gradients, n, mutation, flags)
         assert {name for got in found for name in got} == set(want)
@@ -6673,7 +6813,7 @@ def test_train_gradients_are_those_of_one_process(ranks, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("mutation", [
-    ("y.to(args.device))[1] / self.microbatches", "y.to(args.device))[1]"),
+    ("loss / self.microbatches * (self", "loss * (self"),
     ("self.step * args.batch_size + self.dp_rank * rows", "self.step * args.batch_size"),
     ("args.batch_size + self.dp_rank * rows", "args.batch_size + self.rank * rows"),
     ("self.rank // args.tp % self.dp, ", "self.rank % self.dp, "),
@@ -6971,6 +7111,104 @@ def test_train_leaves_an_adapter_and_a_merged_model(ranks, corpus, pretrained, t
     assert "model.layers.0.self_attn.q_proj" in stored["target_modules"]
 
 
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Words to be written backwards: completions of 3 to 11 bytes and an end."""
+    path, random = tmp_path_factory.mktemp("pairs") / "pairs.jsonl", np.random.default_rng(0)
+    words = ["".join(random.choice(list("abc"), random.integers(2, 9))) for _ in range(300)]
+    path.write_text("".join(json.dumps({"prompt": f"{word}:", "completion": " " + word[::-1]})
+                            + "\n" for word in words))
+    return str(path)
+
+
+def _sample(argv):
+    train.Trainer(train.parse(argv)).finish()
+
+
+PAIR_LAYOUTS = ((1, 3), (2, 2), (3, 1), (4, 2, "--tp", "2", "--sequence-parallel"),
+                (4, 3, "--pp", "2", "--schedule", "zb-h1"))
+
+
+def test_train_pairs_have_the_gradients_of_one_process(ranks, pairs, tmp_path):
+    check_gradients_are_those_of_one_process(ranks, pairs, tmp_path, layouts=PAIR_LAYOUTS)
+
+
+@pytest.mark.parametrize("mutation, layout", [
+    (("(self.scale * self.weight(y))", "self.scale"), PAIR_LAYOUTS[1]),
+    (("(self.scale * self.weight(targets))", "self.scale"), PAIR_LAYOUTS[4]),
+    (("mean = self.windows.targets(step) / (self.dp * self.microbatches)",
+      "mean = self.windows.targets(step) / self.microbatches"), PAIR_LAYOUTS[1])])
+def test_train_the_pairs_check_notices(ranks, pairs, tmp_path, mutation, layout):
+    with pytest.raises(AssertionError, match="max error"):
+        check_gradients_are_those_of_one_process(ranks, pairs, tmp_path, mutation, [layout])
+
+
+def test_train_learns_pairs_in_any_layout_and_resumes(ranks, pairs, tmp_path):
+    argv = [*TINY, "--seq-len", "24", "--data", pairs, "--steps", "60", "--save-every", "30",
+            "--eval-every", "30", "--optimizer", "adamw", "--lr", "0.01"]
+    want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "one")])[0]
+    assert want[-1][2] < want[29][2] < 2 < want[0][0]
+    last = records(tmp_path / "one")[-1]
+    sizes = [len(json.loads(line)["completion"]) for line in open(pairs)][270:]
+    bits = last["val_loss"] / math.log(2) * sum(size + 1 for size in sizes) / sum(sizes)
+    assert last["bits_per_byte"] == pytest.approx(bits, rel=1e-12)
+    ranks.run(_sample, 1, ["--resume", "--out", str(tmp_path / "one")])
+    said = (tmp_path / "one" / "sample.txt").read_text()
+    prompt = json.loads(open(pairs).read().splitlines()[270])["prompt"]
+    assert said.startswith(prompt) and "\0" not in said and len(said) < 24
+    for n, *layout in ((2, "--zero", "3", "--microbatches", "3"), (2, "--pp", "2")):
+        out = str(tmp_path / str(layout[1]))
+        got = ranks.run(_train, n, [*argv, *layout, "--out", out])[0]
+        for a, b in zip(got[:20], want[:20], strict=True):
+            assert abs(a[0] - b[0]) < 1e-4 and abs(a[1] / b[1] - 1) < 1e-3, (layout, a, b)
+        shutil.rmtree(resume.saved(out)[-1])
+        assert ranks.run(_train, n, ["--resume", *layout, "--out", out])[0] == got
+
+
+@pytest.fixture(scope="session")
+def spoken(tmp_path_factory):
+    """A random Llama with a tokenizer, as transformers leaves it: 300 tokens, 320 in the model."""
+    transformers = pytest.importorskip("transformers", reason="models: pip install transformers")
+    folder = bpe(tmp_path_factory.mktemp("spoken") / "model", before="[begin] $A")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, eos_token_id=0,
+        bos_token_id=1)).save_pretrained(folder)
+    return folder
+
+
+def test_train_tunes_a_model_in_its_own_tokens_and_leaves_a_whole_folder(ranks, spoken, tmp_path):
+    import transformers
+    text, jsonl = tmp_path / "text.txt", tmp_path / "pairs.jsonl"
+    text.write_text("the cat sat on the mat, the dog on the log;\n" * 200)
+    jsonl.write_text("".join(json.dumps({"prompt": f"where sat the {a}?", "completion":
+                                         f" on the {b}."}) + "\n"
+                             for a, b in (("cat", "mat"), ("dog", "log")) for _ in range(40)))
+    argv = [*TINY[6:], "--init", str(spoken), "--seq-len", "20", "--lr", "0.03", "--eval-every",
+            "80", "--optimizer", "adamw", "--steps", "80"]
+    for path in (text, jsonl):
+        out = tmp_path / path.stem
+        got = ranks.run(_train, 1, [*argv, "--data", str(path), "--out", str(out)])[0]
+        assert got[-1][2] < 0.3 < got[0][0], path
+        theirs = transformers.AutoTokenizer.from_pretrained(out / "model")
+        model = transformers.AutoModelForCausalLM.from_pretrained(out / "model").eval()
+        assert model.config.max_position_embeddings == 64 and model.config.eos_token_id == 0
+        tokens = torch.tensor([sft.Tokenizer(out / "model").encode("where sat the dog?")])
+        answer = model.generate(tokens, max_new_tokens=9, do_sample=False)[0, tokens.shape[1]:]
+        answer = theirs.decode(answer, skip_special_tokens=True)
+        assert (answer == " on the log.") == (path == jsonl), answer
+    last = records(tmp_path / "text")[-1]
+    tokens = len(sft.Tokenizer(spoken).encode_file(text.read_bytes()[7920:]))
+    assert last["bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2) * tokens / 880)
+    want = ranks.run(_train, 1, [*argv, "--data", str(jsonl), "--steps", "4", "--peft", "lora",
+                                 "--out", str(tmp_path / "lora")])[0]
+    got = ranks.run(_train, 2, [*argv, "--data", str(jsonl), "--steps", "4", "--peft", "lora",
+                                "--tp", "1", "--zero", "2", "--out", str(tmp_path / "two")])[0]
+    for a, b in zip(got, want, strict=True):
+        assert abs(a[0] - b[0]) < 2e-5, (a, b)
+
+
 def _train_low(argv):
     """As _train, with bf16 also where the processor has no instruction for it."""
     with mock.patch.object(train, "bf16_is_native", lambda device: True):
@@ -7099,6 +7337,12 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
     (other / "thesis.txt").write_text("ten years of work")
     (tmp_path / "short").write_text("too short")
     (tmp_path / "empty").touch()
+    bad_pairs, foreign = tmp_path / "bad.jsonl", tmp_path / "foreign"
+    bad_pairs.write_text("nothing of the kind")
+    foreign.mkdir()
+    (foreign / "config.json").write_text(json.dumps(
+        {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 512}))
     new = ["--out", str(tmp_path / "new")]
     cases = [
         (["--data", "nowhere.txt", *new], "nowhere.txt: no such file"),
@@ -7137,6 +7381,9 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--resume", "--experts", "4", "--out", str(out)], "experts = None, this run has 4"),
         (["--data", corpus, "--peft", "lora", *new], "--peft needs --init FOLDER"),
         (["--data", corpus, "--init", "nowhere", *new], "no config.json there"),
+        (["--data", str(bad_pairs), *new], "line 1: not an object with two strings"),
+        (["--data", str(bad_pairs), "--objective", "mlm", *new], "goes with --objective causal"),
+        (["--data", corpus, "--init", str(foreign), *new], "no tokenizer.json is there"),
         (["--data", corpus, "--init", "nowhere", "--peft", "lora", "--optimizer", "muon", *new],
          "--peft goes with --optimizer adamw"),
         (["--data", corpus, "--init", "nowhere", "--peft", "adapter", "--merge", *new],
@@ -7229,14 +7476,14 @@ def test_train_a_diverging_run_stops_with_an_error(ranks, corpus, tmp_path):
 # ------------------------------------------------------------------ the house
 
 PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "tp", "pp", "amp",
-         "checkpoint", "moe", "peft", "data", "resume", "metrics"}
+         "checkpoint", "moe", "peft", "sft", "data", "resume", "metrics"}
 MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
     "model": {"rope", "flash_attn", "tp", "moe", "checkpoint"},
-    "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "data", "resume",
+    "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics"}}
-LONGEST = {"model": 775, "train": 625, "checkpoint": 640, "zero": 605, "tp": 570, "pp": 800,
-           "amp": 910, "ddp": 310, "moe": 565, "peft": 915}             # others: 300 lines
+LONGEST = {"model": 785, "train": 670, "checkpoint": 640, "zero": 605, "tp": 570, "pp": 800,
+           "amp": 910, "ddp": 310, "moe": 565, "peft": 920, "sft": 315} # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()
@@ -7253,7 +7500,7 @@ def test_house_imports_go_downwards_and_files_stay_short(name):
     assert imported & set(MAY_IMPORT) == MAY_IMPORT[name]
     allowed = set(sys.stdlib_module_names) | set(MAY_IMPORT)
     allowed |= {"torch", "numpy", "matplotlib", "triton"}
-    allowed |= {"moe": {"transformers"}, "peft": {"safetensors"},
+    allowed |= {"moe": {"transformers"}, "peft": {"safetensors"}, "sft": {"tokenizers"},
                 "model": {"safetensors"}}.get(name, set())              # if they are there
     assert imported <= allowed, imported - allowed
     assert ast.get_docstring(tree)

@@ -335,7 +335,7 @@ class Trainer:
             return 1.0                              # all have as many
         step = range(self.step * self.args.batch_size, (self.step + 1) * self.args.batch_size)
         mean = self.windows.targets(step) / (self.dp * self.microbatches)
-        return (targets != -100).sum() / mean
+        return (targets != -100).sum().item() / mean
 
     @property
     def scale(self):
