@@ -90,6 +90,11 @@ class Windows:
             self.epoch, self.starts = epoch, offset + self.length * order
         return self.text[self.starts[i]:self.starts[i] + self.length + 1]
 
+    def where(self, numbers):
+        """A text that says where windows begin, for messages."""
+        starts = [(self[n], int(self.starts[n % self.count]))[1] for n in numbers]
+        return f"{self.length} tokens (bytes) each from {starts}"
+
 
 def examples(windows, numbers, objective="causal"):                     # -> 2 x (B, T) int64
     """The windows of these numbers -> inputs, targets; a target of -100 is not counted in the loss.

@@ -57,10 +57,11 @@ class Meter:
         self.count += 1
 
     def log(self, step, **values):
-        """Write `values` and, as means since the last call, step_ms and tokens_per_s
+        """Write `values`, the tokens up to here, and, as means since the last call, step_ms and
+        tokens_per_s
         -> a line to print. Values must hold loss and grad_norm."""
         seconds, self.seconds, self.count = self.seconds / self.count, 0.0, 0
-        record = {"step": step, **values, "step_ms": 1e3 * seconds,
+        record = {"step": step, "tokens": step * self.tokens, **values, "step_ms": 1e3 * seconds,
                   "tokens_per_s": self.tokens / seconds}
         if self.path is not None:
             with open(self.path, "a") as file:

@@ -493,11 +493,11 @@ class GPT(nn.Module):
         return model
 
     @torch.no_grad()
-    def save_pretrained(self, folder, shard_bytes=5 * 10**9, copy_from=None):
+    def save_pretrained(self, folder, shard_bytes=5 * 10**9, copy_from=None, **more):
         """Write such a folder, whole, in the weights' types: transformers reads it as Qwen3 (with
-        qk_norm), Llama or Mixtral. copy_from: the folder that it comes from, whose tokenizer and
-        longest text it keeps. All ranks call it; not for a part of a pipeline. ValueError: no such
-        model there, or the folder exists."""
+        qk_norm), Llama or Mixtral. copy_from: the folder that it comes from, whose tokenizer,
+        longest text and other settings it keeps. more: entries of config.json. All ranks call it;
+        not for a part of a pipeline. ValueError: no such model there, or the folder exists."""
         folder, config = pathlib.Path(folder), theirs_of(self.config)
         if folder.exists():
             raise ValueError(f"{folder} exists: nothing is overwritten, name another folder")
@@ -519,11 +519,15 @@ class GPT(nn.Module):
         config["torch_dtype"] = str(next(self.parameters()).dtype).removeprefix("torch.")
         if copy_from:
             known = json.loads(pathlib.Path(copy_from, "config.json").read_text())
-            config |= {key: value for key, value in known.items() if key.endswith("_token_id")}
-            config["max_position_embeddings"] = config_of(known).seq_len    # not the seq_len here
+            known = {key: value for key, value in known.items()
+                     if key not in ("rope_scaling", "dtype")}               # new: other keys
+            keep = "model_type", "architectures", "max_position_embeddings", "sliding_window"
+            config = known | config | {key: value for key, value in known.items()
+                                       if key in keep or key.endswith("_token_id")}
             for name in TOKENIZER:
                 if pathlib.Path(copy_from, name).is_file():
                     shutil.copy(pathlib.Path(copy_from, name), beside)
+        config |= more
         (beside / "config.json").write_text(json.dumps(config, indent=2))
         places = {}
         for i, tensors in enumerate(files):

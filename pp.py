@@ -358,8 +358,8 @@ class Pipeline:
                 raise ValueError(f"rank {rank} has two parameters tied by one name: make them one")
         validate(schedule)
         self.tied = []                          # (parameter, the ranks that hold it)
-        self.tied_names = sorted({name for _, _, theirs, _ in everyone for name in theirs})
-        for name in self.tied_names:
+        names = sorted({name for _, _, theirs, _ in everyone for name in theirs})
+        for name in names:
             holders = [rank for rank in range(self.p) if name in everyone[rank][2]]
             if len({everyone[rank][2][name] for rank in holders}) > 1:
                 raise ValueError(f"the tied weight {name!r} differs between ranks {holders}: start "
@@ -399,20 +399,18 @@ class Pipeline:
         """-> the mean loss, forward only."""
         return self._run(inputs, targets, backward=False)
 
+    def counted(self):
+        """The parameters of this rank, without tied ones that count on an earlier rank."""
+        elsewhere = {p for p, holders in self.tied if self.rank != holders[0]}
+        return [p for p in self.parameters() if p not in elsewhere]
+
     @torch.no_grad()
     def grad_norm(self, mine=None):
         """2-norm of the gradient of the whole model, on all ranks; a tied weight counts once. mine:
-        the norm on this rank, where its .grad are not all of it (tensor parallelism, ZeRO)."""
-        if mine is not None and self.tied_names:
-            raise ValueError(f"mine={mine:.3g}: how much of it is {self.tied_names}, which must "
-                             f"count once, is not known: use weights that are not tied")
+        the norm of counted() on this rank, where .grad is not all of it (tensor parallelism)."""
         if mine is None:
-            mine = nn.utils.get_total_norm([p.grad for p in self.parameters()
-                                            if p.grad is not None])
+            mine = nn.utils.get_total_norm([p.grad for p in self.counted() if p.grad is not None])
         square = mine.to(self.loss.device, torch.float64) ** 2
-        for p, holders in self.tied:
-            if self.rank != holders[0]:
-                square -= p.grad.double().square().sum()
         dist.all_reduce(square, group=self.group)
         return square.sqrt()
 

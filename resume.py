@@ -1,9 +1,11 @@
 r"""Checkpoints that survive: written beside, named when complete, checked before they are trusted.
 
-    save   out/step_0000200.tmp/     every rank writes its part; rank 0 notes the crc32 of each file
+    save   copy -> in a thread:      training goes on meanwhile
+           out/step_0000200.tmp/     every rank writes its part; rank 0 notes the crc32 of each file
            rename: step_0000200/     one atomic system call: a checkpoint is complete or not there
-           step_0000100/ ...         older ones go, but for the last `keep`
+           step_0000100/ ...         older ones go, but for the last `keep` and the best
     load   newest complete folder -> compare facts -> compare crc32 -> read into the given tensors
+           a damaged one is renamed, and the one before it read
 
 Without these parts: a kill while the only checkpoint is being overwritten loses the run; a flipped
 bit in a weight loads as another weight; another model's checkpoint fails with a list of shapes, or
@@ -12,14 +14,18 @@ run must save all that its next step depends on: weights and optimizer state. Da
 should be functions of (seed, step); then the step is all they need.
 
 Cost      bytes on disk = bytes of the tensors (fp32: 12 a parameter with AdamW) and a small index;
-          while saving, keep + 1 checkpoints lie on the disk. Every file is read twice on load.
+          while saving, keep + 2 checkpoints lie on the disk. Every file is read twice on load. A
+          save stops the run for the copy (memory: the state once more), not for the disk
 Paper     none; the format is torch.distributed.checkpoint's: one file per rank and an index, so
           that another number of ranks can read it
-Run       python resume.py        kills 60 saves, damages 40 files, figures/resume.png; about 10 s
-Left out  saving in the background (torch.distributed.checkpoint.async_save), power failures (the
-          rename is not forced to the disk), object stores (they have no atomic rename)
+Run       python resume.py        kills 60 saves, damages 40 files, figures/resume.png; about 12 s
+Left out  power failures (the rename is not forced to the disk), object stores (they have no atomic
+          rename). torch.distributed.checkpoint.async_save has such a thread, too; ours also checks
+          and renames in it
 """
 
+import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
@@ -62,6 +68,10 @@ class SafeReader(dcp.FileSystemReader):
         return metadata
 
 
+class Damaged(ValueError):
+    """A checkpoint that is not what was saved: the one before it may do."""
+
+
 def saved(root):
     """The complete checkpoints under `root`, oldest first."""
     found = pathlib.Path(root).glob("step_*")
@@ -69,57 +79,127 @@ def saved(root):
 
 
 def settings_of(folder):
-    """The settings that save() was given. ValueError if they cannot be read."""
+    """The settings that save() was given. Damaged (a ValueError) if they cannot be read."""
     return _manifest(folder)["settings"]
 
 
-def save(root, step, tensors, facts, settings=None, keep=2):
+def best(root):
+    """The checkpoint that was saved with the lowest score, or None."""
+    scores = []
+    for folder in saved(root):
+        with contextlib.suppress(Damaged):
+            scores.append((_manifest(folder).get("score"), folder))
+    return min((pair for pair in scores if pair[0] is not None), default=(None, None))[1]
+
+
+def save(root, step, tensors, facts, settings=None, keep=2, score=None, group=None):
     """Write root/step_<step>; every rank calls it.
 
     tensors: {name: tensor}, all the state there is. facts: {name: value}, what another run must
-    share to read it. settings: for settings_of(), anything JSON holds. keep: how many remain."""
+    share to read it. settings: for settings_of(), anything JSON holds. keep: how many of the newest
+    remain, beside the one of the lowest score. group: a process group of all ranks. OSError, on all
+    ranks, if it cannot be written; what was there before remains."""
     folder = pathlib.Path(root, f"step_{step:07d}")
     beside = folder.with_suffix(".tmp")
-    first = _rank() == 0
-    if first:
+
+    def begin():
         for left_by_a_kill in pathlib.Path(root).glob("step_*.tmp"):
             shutil.rmtree(left_by_a_kill)
         beside.mkdir(parents=True)
-    _wait()
-    dcp.save(tensors, checkpoint_id=beside, no_dist=not dist.is_initialized())
-    if first:
+
+    def finish():
         files = {path.name: _crc32(path) for path in sorted(beside.iterdir())}
-        text = json.dumps({"facts": facts, "settings": settings, "crc32": files}, indent=1)
+        text = json.dumps({"facts": facts, "settings": settings, "score": score, "crc32": files},
+                          indent=1)
         (beside / "manifest.json").write_text(text)
         os.replace(beside, folder)                              # atomic: from here on it exists
-        for old in saved(root)[:-keep]:
+        for old in set(saved(root)[:-keep]) - {best(root)}:
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # never half deleted and named
-    _wait()
+
+    _on_first_rank(begin, group)
+    try:
+        dcp.save(tensors, checkpoint_id=beside, process_group=group,
+                 no_dist=not dist.is_initialized())
+    except (Exception, dcp.api.CheckpointException) as problem:         # of any rank, on all
+        raise OSError(f"{beside}: {_last_line(problem)}") from problem
+    _on_first_rank(finish, group)
+
+
+class Saver:
+    """save() in the background: the run goes on while a thread writes a copy of the tensors.
+
+    All ranks make one and call it alike. The copy takes as much CPU memory as the state."""
+
+    def __init__(self, root, keep=2):
+        self.root, self.keep, self.pending = root, keep, None
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        # Its own: collectives of two threads must not meet in one group.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def save(self, step, tensors, facts, settings=None, score=None):
+        """As save(), but returns at once, unless the one before is still being written; OSError of
+        that one."""
+        self.wait()
+        copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        self.pending = self.thread.submit(save, self.root, step, copies, facts, settings, self.keep,
+                                          score, self.group)
+
+    def wait(self):
+        """Until all is written; OSError if it could not be."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+def load_last(root, tensors, facts):
+    """load() of the newest checkpoint, or, if that is damaged, of the newest that is not -> its
+    step, its settings, and a text: what was wrong, "" if nothing. The damaged ones are renamed:
+    damaged_step_... ValueError, and nothing is renamed, if none is left."""
+    problems = {}
+    for folder in reversed(saved(root)):
+        try:
+            step = load(folder, tensors, facts)
+        except Damaged as problem:
+            problems[folder] = str(problem)
+            continue
+
+        def rename():
+            for damaged in problems:
+                aside = damaged.with_name(f"damaged_{damaged.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                damaged.rename(aside)
+
+        _on_first_rank(rename)
+        return step, settings_of(folder), "; ".join(problems.values())
+    raise ValueError("; ".join(problems.values()) or f"no checkpoint in {root}")
 
 
 def load(folder, tensors, facts):
     """Read a checkpoint into `tensors`, in place -> its step. All ranks call it, however many.
 
-    ValueError, before anything is changed, if its facts are not `facts` or a file is damaged."""
-    manifest = _manifest(folder)
-    for name in facts | manifest["facts"]:
-        was, now = manifest["facts"].get(name), facts.get(name)
-        if was != now:
-            raise ValueError(f"{folder} was saved with {name} = {was}, this run has {now}: "
-                             f"give it the same, or start anew elsewhere")
-    for name, crc32 in manifest["crc32"].items():
-        path = pathlib.Path(folder, name)
-        if not path.is_file() or _crc32(path) != crc32:
-            problem = "damaged" if path.is_file() else "missing"
-            raise ValueError(f"{path} is {problem}: delete {folder} to resume from the checkpoint "
-                             f"before it")
-    reader = SafeReader(folder)
+    ValueError, before anything is changed, if its facts are not `facts`; Damaged, if a file is not
+    what was saved."""
+    def check():
+        manifest = _manifest(folder)
+        for name in facts | manifest["facts"]:
+            was, now = manifest["facts"].get(name), facts.get(name)
+            if was != now:
+                raise ValueError(f"{folder} was saved with {name} = {was}, this run has {now}: "
+                                 f"give it the same, or start anew elsewhere")
+        for name, crc32 in manifest["crc32"].items():
+            path = pathlib.Path(folder, name)
+            if not path.is_file() or _crc32(path) != crc32:
+                raise Damaged(f"{path} is {'damaged' if path.is_file() else 'missing'}")
+        try:
+            SafeReader(folder).read_metadata()                  # refused here, before torch looks
+        except Exception as problem:
+            raise Damaged(f"{folder} cannot be read: {_last_line(problem)}") from problem
+
+    _on_first_rank(check)
     try:
-        reader.read_metadata()                                  # refused here, before torch looks
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as problem:
-        reason = str(problem).strip().splitlines()[-1]
-        raise ValueError(f"{folder} cannot be read: {reason}") from problem
+        raise Damaged(f"{folder} cannot be read: {_last_line(problem)}") from problem
     return int(pathlib.Path(folder).name.split("_")[1])
 
 
@@ -127,8 +207,7 @@ def _manifest(folder):
     try:
         return json.loads(pathlib.Path(folder, "manifest.json").read_text())
     except (OSError, ValueError) as problem:
-        raise ValueError(f"{folder} has no readable manifest.json ({problem}): delete the folder "
-                         f"to resume from the checkpoint before it") from problem
+        raise Damaged(f"{folder} has no readable manifest.json ({problem})") from problem
 
 
 def _crc32(path):
@@ -139,13 +218,22 @@ def _crc32(path):
     return f"{crc32:08x}"
 
 
-def _rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+def _last_line(problem):
+    return str(problem).strip().splitlines()[-1]
 
 
-def _wait():
+def _on_first_rank(work, group=None):
+    """Rank 0 does it, the others wait. What it raises raises on all."""
+    problem = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            work()
+        except Exception as caught:
+            problem = [caught]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(problem, group=group)
+    if problem[0]:
+        raise problem[0]
 
 
 # ------------------------------------------------------------------ demo
@@ -238,10 +326,29 @@ def demo():
                 plain += 1
         check(noticed == 40, "one flipped bit is noticed",
               f"{noticed} of 40 (by torch.distributed.checkpoint alone: {plain})")
+        for step, score in ((8, 1.5), (9, 2.0), (10, 1.7), (11, 1.8)):
+            save(root / "run", step, tensors, {"dim": 200}, score=score)
+        names = [int(path.name[5:]) for path in saved(root / "run")]
+        check(names == [8, 10, 11], "the last two remain, and the one of the lowest loss",
+              f"of steps 7 to 11: {names}")
+        target = saved(root / "run")[-1] / "__0_0.distcp"
+        target.write_bytes(target.read_bytes()[:1000])
+        step, _, problem = load_last(root / "run", got, {"dim": 200})
+        check(step == 10 and "damaged" in problem, "a truncated file: the one before is read",
+              f"step {step}: {problem.split('/')[-1]}")
+
+        large = state(1, 12_000_000)                            # 96 MB
+        saver, times = Saver(root / "large"), {}
+        for name, work in (("stall", lambda: saver.save(1, large, {})), ("rest", saver.wait)):
+            began = time.perf_counter()
+            work()
+            times[name] = 1e3 * (time.perf_counter() - began)
+        check(times["stall"] < 0.5 * times["rest"], "96 MB saved in the background: the run stops",
+              f"{times['stall']:.0f} ms of {times['stall'] + times['rest']:.0f}")
         check(refuses(root / "run", got, {"dim": 256}), "another model's checkpoint is refused",
               "dim 200, not 256")
 
-        trap = root / "run" / "step_0000007"
+        trap = root / "run" / "step_0000010"
         harm = root / "harm"
         (trap / ".metadata").write_bytes(pickle.dumps(Harm(str(harm))))
         manifest = json.loads((trap / "manifest.json").read_text())

@@ -55,7 +55,8 @@ class Bytes:
 class Tokenizer:
     """A model's own, of its folder: tokenizer.json, run by Hugging Face's tokenizers.
 
-    ImportError: without that package. ValueError: nothing says which token ends a text."""
+    ImportError: without that package. ValueError: the files are damaged, or nothing says which
+    token ends a text."""
 
     def __init__(self, folder):
         try:
@@ -63,34 +64,42 @@ class Tokenizer:
         except ImportError as missing:
             raise ImportError("tokenizer.json needs a package: pip install tokenizers") from missing
         folder = pathlib.Path(folder)
-        self.model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self.model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.end = self._end(folder)
+        except Exception as problem:        # tokenizers raises no narrower one
+            raise ValueError(f"the tokenizer in {folder}: {problem}") from problem
         self.model.no_truncation()          # a file may ask for these, and lose or add tokens
         self.model.no_padding()
-        self.size = 1 + max(self.model.get_vocab().values())
-        self.end = self._end(folder)
+        self.size = 1 + max(self.end, *self.model.get_vocab().values())
+        plain = self.model.encode("a", add_special_tokens=False).ids
+        whole = self.model.encode("a").ids
+        self.begin = whole[:next(i for i in range(len(whole)) if whole[i:][:len(plain)] == plain)]
 
-    def _end(self, folder):
+    def _end(self, folder):                 # some have several: the first
         for path in (folder / "tokenizer_config.json", folder / "config.json"):
             known = json.loads(path.read_text()) if path.is_file() else {}
             word, number = known.get("eos_token"), known.get("eos_token_id")
             if word:
                 number = self.model.token_to_id(word["content"] if isinstance(word, dict) else word)
-            if number is not None:          # some have several: the first
-                return number[0] if isinstance(number, list) else number
-        raise ValueError(f"{folder}: neither eos_token in tokenizer_config.json nor eos_token_id "
-                         f"in config.json says what ends a text")
+            number = (number or [None])[0] if isinstance(number, list) else number
+            if number is not None:
+                return number
+        raise ValueError("neither eos_token in tokenizer_config.json nor eos_token_id in "
+                         "config.json says what ends a text")
 
     def encode(self, text):
-        """With what the tokenizer puts before a text (such as BOS), without an end."""
-        tokens = self.model.encode(text).ids
-        return tokens[:-1] if tokens[-1:] == [self.end] else tokens
+        """With what the tokenizer puts before a text (such as BOS), once; without an end."""
+        tokens = self.model.encode(text, add_special_tokens=False).ids
+        return tokens if tokens[:len(self.begin)] == self.begin else self.begin + tokens
 
     def decode(self, tokens):
         return self.model.decode(list(tokens))
 
     def encode_file(self, data):            # the bytes of a file -> its tokens, (n,) uint32
-        """In pieces of some 1 MB, cut at line ends; bytes that are no UTF-8 become U+FFFD."""
-        text, tokens, start = bytes(data).decode("utf-8", "replace"), [], 0
+        """In pieces of some 1 MB, cut at line ends: some tokenizers put a space before each. Bytes
+        that are no UTF-8 become U+FFFD."""
+        text, tokens, start = bytes(data).decode("utf-8", "replace"), [np.zeros(0, np.uint32)], 0
         while start < len(text):
             end = text.find("\n", start + 1_000_000) + 1 or len(text)
             piece = self.model.encode(text[start:end], add_special_tokens=False)
@@ -100,28 +109,31 @@ class Tokenizer:
 
 
 def split_pair(prompt, completion, tokenizer):
-    """Strings -> tokens of the prompt, of the completion and its end, the completion's bytes."""
+    """Strings -> tokens of the prompt; of the completion and its end; bytes of these two (an end
+    counts as one)."""
     whole = tokenizer.encode(prompt + completion)
     cut = len(os.path.commonprefix([tokenizer.encode(prompt), whole]))
-    return whole[:cut], [*whole[cut:], tokenizer.end], len(completion.encode())
+    return whole[:cut], [*whole[cut:], tokenizer.end], len(completion.encode()) + 1
 
 
 def pairs_file(path, tokenizer):
     """JSON lines {"prompt": ..., "completion": ...} -> (training, validation: its last 10 %), two
-    lists for Pairs. ValueError: a line that is no such object, an empty prompt, fewer than 2 pairs.
+    lists for Pairs. ValueError: a line that is no such object, no prompt, fewer than 2 pairs.
     """
     pairs = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     for number, line in lines:
         try:
             entry = json.loads(line)
             pairs.append(split_pair(entry["prompt"], entry["completion"], tokenizer))
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
             raise ValueError(f"{path}, line {number}: not an object with two strings, prompt and "
                              f"completion ({problem!r})") from problem
         if not pairs[-1][0]:
-            raise ValueError(f"{path}, line {number}: the prompt has no token of its own")
+            raise ValueError(f"{path}, line {number}: the prompt has no token of its own: it is "
+                             f"empty, or one token with the completion; let that begin with a "
+                             f"space")
     if len(pairs) < 2:
         raise ValueError(f"{path}: {len(pairs)} pairs, but 2 is the least to train and validate on")
     cut = min(int(0.9 * len(pairs)), len(pairs) - 1)
@@ -148,7 +160,7 @@ class Pairs:
                              f"longer rows")
         targets, size = (sum(counts) for counts in zip(
             *((len(completion), size) for _, completion, size in self.pairs)))
-        self.tokens_per_byte = targets / max(1, size)           # of completions
+        self.tokens_per_byte = targets / size                   # of completions
         self.epoch, self.order = None, np.arange(self.count)
 
     def __getitem__(self, n):               # -> the pair, without padding
@@ -157,6 +169,10 @@ class Pairs:
             self.epoch = epoch
             self.order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
         return self.pairs[self.order[i]]
+
+    def where(self, numbers):
+        """A text that says which pairs these are, for messages."""
+        return f"the pairs beginning with {[self[n][0][:8] for n in numbers]}"
 
     def targets(self, numbers):
         """How many targets these rows have together."""

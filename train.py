@@ -15,15 +15,18 @@
     python train.py --resume            go on from the last checkpoint, with the run's own settings
     python train.py --objective mlm     masked (BERT) instead of causal (GPT) language modelling
 
---out (default out/) receives metrics.jsonl, loss.png, sample.txt, the last two checkpoints, and at
-the end model/, a folder that transformers reads, or with --peft adapter/, one that peft reads. A
-batch and its dropout masks are functions of (seed, step): a resumed run repeats the uninterrupted
-one bit for bit, and any number of processes sees the same data.
+--out (default out/) receives metrics.jsonl, loss.png, sample.txt, the best and the last two
+checkpoints, and at the end model/, a folder that transformers reads, or with --peft adapter/, one
+that peft reads. A batch and its dropout masks are functions of (seed, step): a resumed run repeats
+the uninterrupted one bit for bit, and any number of processes sees the same data. On SIGTERM it
+saves and ends; under torchrun --max-restarts, when a process dies, all go on from the last
+checkpoint.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -32,6 +35,7 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import zlib
 
@@ -56,9 +60,16 @@ EXPERTS = "experts", "top_k", "shared_experts", "expert_hidden", "moe_every", "b
 SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "dropout", "seed",
          *EXPERTS)
 LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "pp", "schedule", "chunks", "ep", "device",
-          "out", "resume")                                              # not resumed
+          "out", "resume", "timeout")                                   # not resumed
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+
+
+def group_along(dim, shape, timeout):
+    """All ranks make them: of the groups along one dimension of (pp, dp, tp), say, this rank's."""
+    ranks = torch.arange(dist.get_world_size()).view(shape).movedim(dim, -1)
+    return dist.new_subgroups_by_enumeration(ranks.reshape(-1, shape[dim]).tolist(),
+                                             datetime.timedelta(seconds=timeout))[0]
 
 
 def say(text):
@@ -103,9 +114,6 @@ class Trainer:
             raise ValueError(f"--tp {args.tp} times --pp {args.pp} does not divide {self.world} "
                              f"processes: see --nproc")
         self.dp = self.world // (args.tp * args.pp)
-        if self.dp % args.ep or args.ep > 1 and not args.experts:
-            raise ValueError(f"--ep {args.ep}: experts are spread over ranks with other data: use "
-                             f"a divisor of {self.dp}, --nproc / (tp pp), and --experts")
         self.dp_rank, pp_rank = self.rank // args.tp % self.dp, self.rank // (args.tp * self.dp)
         self.microbatches = args.microbatches or default_microbatches(args, self.dp)
         parts = self.dp * self.microbatches
@@ -123,6 +131,9 @@ class Trainer:
         data = self.read_data()
         causal = args.objective == "causal"
         if args.init:
+            if self.out.resolve() in pathlib.Path(args.init).resolve().parents and not args.resume:
+                raise ValueError(f"--init {args.init} lies in --out {args.out}, which is moved "
+                                 f"aside: name another --out")
             more = 16 if args.peft in ("prompt", "p_tuning") else 0         # peft.py's length
             config = folder_config(args.init, args.seq_len + more, self.tokenizer.size)
             for name in SHAPE:
@@ -130,6 +141,12 @@ class Trainer:
         else:
             config = Config(vocab_size=256 if causal else 264, causal=causal,   # MASK and padding
                             **{name: getattr(args, name) for name in SHAPE})
+        if self.dp % args.ep or args.ep > 1 and not args.experts:
+            raise ValueError(f"--ep {args.ep}: experts are spread over ranks with other data: use "
+                             f"a divisor of {self.dp}, --nproc / (tp pp), and --experts")
+        if config.tied and args.pp > 1 and args.zero:
+            raise ValueError("--pp with --zero: not for a model whose head is its embedding "
+                             "(tied): use --zero 0")
         shape = {key: value for key, value in dataclasses.asdict(config).items()
                  if key != "head_dim" and (args.experts or key not in EXPERTS)}
         if args.init:
@@ -138,13 +155,13 @@ class Trainer:
                       "data": data}
         self.dp_group, self.pp_group, self.tp_group = dist.group.WORLD, None, None
         if args.tp > 1 or args.pp > 1:
-            mesh = dist.init_device_mesh(args.device, (args.pp, self.dp, args.tp))
-            self.pp_group, self.dp_group, self.tp_group = map(mesh.get_group, range(3))
+            shape = args.pp, self.dp, args.tp
+            self.pp_group, self.dp_group, self.tp_group = (
+                group_along(dim, shape, args.timeout) for dim in range(3))
         ep_group = None
         if args.ep > 1:                             # dp = replicas of an expert x ep
             shape = args.pp, self.dp // args.ep, args.ep, args.tp
-            mesh = dist.init_device_mesh(args.device, shape)
-            replicas, ep_group = mesh.get_group(1), mesh.get_group(2)
+            replicas, ep_group = (group_along(dim, shape, args.timeout) for dim in (1, 2))
         n = args.pp * args.chunks
         mine = range(pp_rank, n, args.pp)
         layout = dict(tp_group=self.tp_group, sequence_parallel=args.sequence_parallel,
@@ -166,8 +183,6 @@ class Trainer:
         with self.region():
             self.model.set_recompute(args.recompute, args.batch_size // parts)
         self.scaler = DynamicLossScaler() if args.dtype == "fp16" else None
-        if self.scaler and args.scaler:             # of the checkpoint
-            self.scaler.load_state_dict(args.scaler)
         self.optimizers, trained_by = build_optimizers(self.model, args)
         self.zero = self.pipeline = None
         if args.pp > 1:
@@ -189,6 +204,9 @@ class Trainer:
             self.zero.load_full_state_dict(self.parts(state))
             self.optimizers = [(self.zero.optimizer, peak)]
         self.parallel = self.zero or DDP(self.model, self.dp_group)
+        self.watch = dist.new_group(backend="gloo")     # to ask who is alive, when others fail
+        self.saver, self.stop = resume.Saver(self.out, args.keep), False
+        self.first_bad = torch.zeros((), device=args.device)    # step without a finite gradient
         dist.barrier()                              # from here on no rank has bad input
         if self.log.exists() and not args.resume and self.rank == 0:    # nothing is overwritten
             numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
@@ -264,6 +282,9 @@ class Trainer:
         """Names, and tensors of this rank: parameters, biases of experts, the optimizers' state."""
         mine = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
         names = {t: name for name, t in mine}
+        if self.model.config.tied:                  # of a last stage: the embedding's, too
+            names = {t: "embed.weight" if name == "head.weight" else name
+                     for t, name in names.items()}
         yield from ((f"model.{name}", t.detach()) for t, name in names.items())
         for optimizer, _ in self.optimizers:
             for p, entries in optimizer.state.items():
@@ -273,6 +294,8 @@ class Trainer:
         """The parameter that an entry is of, or is cut like."""
         kind, name = entry.split(".", 1)
         name = name.rpartition(".")[0] if kind == "optimizer" else name
+        if name == "embed.weight" and not hasattr(self.model, "embed"):
+            name = "head.weight"                    # tied
         found = self.model.get_submodule(name.rpartition(".")[0])
         return getattr(found, name.rpartition(".")[2])
 
@@ -286,7 +309,11 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         state = self.tensors()
-        step = resume.load(resume.saved(self.out)[-1], state, self.facts)
+        step, settings, problem = resume.load_last(self.out, state, self.facts)
+        if problem:
+            say(f"note   {problem}; going on from step {step}")
+        if self.scaler and settings.get("scaler"):
+            self.scaler.load_state_dict(settings["scaler"])
         mine = self.parts(state)
         for name, t in self.entries():
             t.copy_(mine[name])
@@ -372,6 +399,7 @@ class Trainer:
     def update(self):
         """Clip, set the learning rate (linear warm-up times linear decay to zero), step -> norm."""
         clip, params = self.args.clip or math.inf, list(self.model.parameters())
+        counted = self.pipeline.counted() if self.pipeline else params
         whole = self.pipeline.grad_norm if self.pipeline else lambda norm: norm
         if self.zero:
             norm = self.zero.clip_grad_norm_(clip, self.scale, whole)
@@ -380,7 +408,7 @@ class Trainer:
         else:
             for optimizer, _ in self.optimizers if self.scaler else []:
                 self.scaler.unscale_(optimizer)
-            norm = whole(grad_norm(params, self.tp_group))
+            norm = whole(grad_norm(counted, self.tp_group))
             torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
         warm = min(1, (self.step + 1) / max(1, self.args.warmup))
         for optimizer, peak in self.optimizers:
@@ -395,26 +423,29 @@ class Trainer:
         except FloatingPointError as problem:       # on all ranks
             raise SystemExit(f"error: step {self.step + 1}: {problem}")
         self.step += 1
+        bad = ~norm.isfinite() & (self.first_bad == 0)
+        self.first_bad += self.step * bad           # no waiting for the GPU in every step
         skipped = self.scaler and not norm.isfinite()
         self.busiest = self.model.balance_experts(self.dp_group, 0.0 if skipped else 0.003)
         return norm
 
     def train(self):
-        """Step until --steps; every so often a log line, a validation, a checkpoint."""
-        args = self.args
-        while self.step < args.steps:
+        """Step until --steps, or until self.stop on some rank; every so often a log line, a
+        validation, a checkpoint. -> Did it get to --steps?"""
+        args, stopping = self.args, False
+        while self.step < args.steps and not stopping:
             with self.meter.timing():
                 with self.region():
                     loss = self.backward()
                 norm = self.update()
+            stopping = self.world > 1 and self.max_over_ranks(self.stop) or self.stop
             log, check, keep = (self.step % every == 0 or self.step == args.steps
                                 for every in (args.log_every, args.eval_every, args.save_every))
+            keep = keep or stopping
             if not (log or check or keep):
                 continue
             loss, norm = self.sum_over_ranks(float(loss))[0] / self.world, float(norm)
-            if not math.isfinite(loss + (0 if self.scaler else norm)):     # a scaler skips those
-                raise SystemExit(f"error: loss {loss}, gradient norm {norm} at step {self.step}: "
-                                 f"lower --lr and start again")
+            self.stop_at_nan(loss, norm)
             values = {"loss": loss, "grad_norm": norm,
                       "lr": self.optimizers[0][0].param_groups[0]["lr"]}
             if self.scaler:
@@ -428,8 +459,32 @@ class Trainer:
             if keep:
                 settings = {key: value for key, value in vars(args).items() if key not in LAYOUT}
                 settings["scaler"] = self.scaler and self.scaler.state_dict()
-                resume.save(self.out, self.step, self.tensors(), self.facts, settings)
+                settings["job"] = job()
+                self.saver.save(self.step, self.tensors(), self.facts, settings,
+                                values.get("val_loss"))
             say(line)
+        self.saver.wait()
+        return self.step == args.steps
+
+    def stop_at_nan(self, loss, norm):
+        """A NaN never gets into a checkpoint. (With a scaler, a step of infinite norm is none.)"""
+        first = self.max_over_ranks(self.first_bad)
+        if math.isfinite(loss) and (self.scaler or first == 0):
+            return
+        step = int(first) if first and not self.scaler else self.step
+        begin = (step - 1) * self.args.batch_size
+        where = self.windows.where(range(begin, begin + min(8, self.args.batch_size)))
+        raise SystemExit(f"error: loss {loss}, gradient norm {norm} at step {self.step}: first not "
+                         f"finite in step {step}, whose batch begins with {where}: lower --lr, or "
+                         f"look at that text; the checkpoints are from before")
+
+    def who_is_missing(self):
+        """After a time-out: which ranks do not answer."""
+        try:
+            dist.monitored_barrier(self.watch, datetime.timedelta(seconds=5), wait_all_ranks=True)
+        except RuntimeError as who:
+            return str(who).strip().splitlines()[-1]
+        return "all ranks answer now"
 
     def finish(self):
         """A sample of what the model writes, the curve, and proof that all ranks hold one model."""
@@ -464,8 +519,10 @@ class Trainer:
                 peft.merge(model)
             if self.args.merge or not self.args.peft:
                 shutil.rmtree(self.out / "model", ignore_errors=True)
-                model.save_pretrained(self.out / "model", copy_from=self.args.init)
-        except (ValueError, ImportError) as reason:
+                pairs = isinstance(self.windows, Pairs) and isinstance(self.tokenizer, Bytes)
+                more = {"eos_token_id": self.tokenizer.end} if pairs else {}
+                model.save_pretrained(self.out / "model", copy_from=self.args.init, **more)
+        except (ValueError, ImportError, OSError) as reason:
             say(f"note   no folder to share: {reason}")
 
     @torch.no_grad()
@@ -483,8 +540,8 @@ class Trainer:
             tokens = examples(self.val_windows, [0], "mlm")[0].to(self.args.device)
             tokens = tokens.where(tokens != MASK, model(tokens)[0][..., :MASK].argmax(-1))
         tokens = tokens[0].tolist()
-        if isinstance(self.windows, Pairs) and self.tokenizer.end in tokens:
-            tokens = tokens[:tokens.index(self.tokenizer.end)]
+        if isinstance(self.windows, Pairs) and self.tokenizer.end in tokens[len(self.prompt):]:
+            tokens = tokens[:tokens.index(self.tokenizer.end, len(self.prompt))]
         text = self.tokenizer.decode(tokens)
         (self.out / "sample.txt").write_text(text)
         say(f"{' a sample of what it writes ':-^80}\n{text.strip()}\n{'':-^80}")
@@ -566,7 +623,6 @@ def parse(argv):
     add("--device", choices=here, default=here[0])
     add("--dtype", choices=tuple(LOW), default="fp32", help="of matrix products; fp16 and fp8 are "
         "emulated on a CPU, bf16 only used if it has the instruction")
-    parser.set_defaults(scaler=None)                # --resume: its state in the checkpoint
     add("--recompute", type=recompute, default="none", help="what backward computes again, to save "
         "memory: none, full, selective (not matmuls and attention), or the share kept, 0 to 1")
     add("--nproc", type=int, default=1, help="processes to start on this machine")
@@ -581,18 +637,20 @@ def parse(argv):
     add("--out", default="out", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=int, default=250, help="steps between checkpoints")
+    add("--keep", type=int, default=2, help="checkpoints that remain, beside the best")
+    add("--timeout", type=int, default=600, help="seconds that a process waits for another")
     add("--eval-every", type=int, default=250, help="steps between validations")
     add("--log-every", type=int, default=50, help="steps between log lines")
     args = parser.parse_args(argv)
     if args.resume:                                     # the run's own settings are the defaults
         if not resume.saved(args.out):
             raise ValueError(f"--resume: no checkpoint in {args.out}; start without --resume")
-        parser.set_defaults(**resume.settings_of(resume.saved(args.out)[-1]))
+        parser.set_defaults(**last_settings(args.out))
         args = parser.parse_args(argv)
     if args.chunks is None:
         args.chunks = 2 if args.schedule == "interleaved" else 1
-    for name in ("steps", "batch_size", "microbatches", "nproc", "tp", "pp", "ep", "chunks",
-                 "save_every", "eval_every", "log_every"):
+    for name in ("steps", "batch_size", "microbatches", "nproc", "tp", "pp", "ep", "chunks", "keep",
+                 "save_every", "eval_every", "log_every", "timeout"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
     args.optimizer = args.optimizer or (
@@ -626,25 +684,58 @@ def parse(argv):
     return args
 
 
+def last_settings(out):
+    """Of the newest checkpoint that has readable ones."""
+    for folder in reversed(resume.saved(out)):
+        with contextlib.suppress(resume.Damaged):
+            return resume.settings_of(folder)
+    raise ValueError(f"--resume: no checkpoint in {out} has a readable manifest.json")
+
+
+def job():
+    """What torchrun calls the job, the same after it has restarted the processes."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{name} {os.getppid()}" if name == "none" else name
+
+
+def restarted(out):
+    """Has torchrun started this job's processes again, and has it left a checkpoint? As rank 0 sees
+    it; any rank may be on a machine that is new in the job."""
+    times, again = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))), [False]
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    if times > 0 and dist.get_rank() == 0:
+        with contextlib.suppress(ValueError):
+            again = [last_settings(out).get("job") == job()]
+    dist.broadcast_object_list(again)
+    return again[0]
+
+
 def start_ranks(args, argv):
     """What typing torchrun would do: this program again, in args.nproc processes."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)       # the ranks report
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.nproc)))
     here = LaunchConfig(run_id="train", min_nodes=1, max_nodes=1, nproc_per_node=args.nproc,
                         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    before = resume.saved(args.out)
     try:
         elastic_launch(here, sys.executable)(__file__, *argv)
     except ChildFailedError as failed:
         sys.exit(max(1, *(failure.exitcode for failure in failed.failures.values())))
+    except SignalException:                         # which the ranks have got, too
+        sys.exit(resume.saved(args.out) == before)
 
 
 def main(argv):
     try:
         args = parse(argv)
         if dist.is_torchelastic_launched():
-            dist.init_process_group()                   # gloo, and nccl where there is CUDA
+            # gloo, and nccl where there is CUDA
+            dist.init_process_group(timeout=datetime.timedelta(seconds=args.timeout))
+            if restarted(args.out):
+                args = parse([*argv, "--resume"])
         elif args.nproc > 1:
             return start_ranks(args, argv)
         else:
@@ -654,8 +745,20 @@ def main(argv):
         trainer = Trainer(args)
     except (ValueError, OSError, ImportError) as problem:
         fail(problem)
-    trainer.train()
-    trainer.finish()
+    signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop", True))
+    try:
+        if trainer.train():
+            trainer.finish()
+        else:
+            say(f"stopped by SIGTERM: step {trainer.step} is saved; go on with --resume")
+    except OSError as problem:
+        raise SystemExit(f"error: a checkpoint cannot be written: {problem}. The ones before it "
+                         f"are whole: free the disk and --resume") from problem
+    except RuntimeError as problem:
+        if "imed out" not in str(problem):
+            raise
+        raise SystemExit(f"error: rank {dist.get_rank()} waited {args.timeout} s for others, in "
+                         f"step {trainer.step + 1}: {trainer.who_is_missing()}") from problem
     dist.barrier()                                      # gloo may abort whom others leave behind
     dist.destroy_process_group()
     if dist.is_torchelastic_launched():                 # as Python ends, gloo's threads may still
