@@ -25,6 +25,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -7547,6 +7548,435 @@ def test_train_a_diverging_run_stops_with_an_error(ranks, corpus, tmp_path):
     ]
     with pytest.raises(AssertionError, match="lower --lr"):
         ranks.run(_train, 1, argv)
+
+
+# ------------------------------------------------------------------ faults
+
+FAULTS = '''
+import os, signal, sys, threading, time
+sys.path.insert(0, os.environ["HERE"])
+import resume
+import train
+
+kind, *argv = sys.argv[1:]
+rank, count = int(os.environ["RANK"]), 0
+
+
+def end(how=signal.SIGKILL):
+    os.kill(os.getpid(), how)
+
+
+def at(owner, name, when, action):
+    """Before call number `when` of owner.name, in the first attempt, do `action`."""
+    plain = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        global count
+        count += 1
+        if count == when and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            action()
+        return plain(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+if kind == "forward" and rank == 1:
+    at(train.GPT, "forward", 17, end)
+elif kind == "collective":          # rank 1 waits in it, and is killed there
+    at(train.DDP, "sync", 17, lambda: time.sleep(1) if rank == 0 else
+       threading.Timer(0.3, end).start())
+elif kind == "save" and rank == 0:  # of the second checkpoint: its data are written, not its name
+    at(resume, "_crc32", 5, end)
+elif kind == "hang" and rank == 1:
+    at(train.GPT, "forward", 5, lambda: end(signal.SIGSTOP))
+train.main(argv)
+'''
+
+
+def processes_of(folder):
+    """Command lines of running processes that name this folder."""
+    lines = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace"))
+    return [line for line in lines if str(folder) in line]
+
+
+def torchrun(tmp_path, kind, argv, *flags, timeout=200):
+    script = tmp_path / f"{kind}.py"
+    script.write_text(FAULTS)
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--monitor-interval", "0.1", *flags, str(script), kind, *argv], capture_output=True,
+        text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", "HERE": str(HERE),
+                                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})   # see README
+
+
+def traces(out):
+    return [(r["step"], r["loss"], r["grad_norm"], r.get("val_loss")) for r in records(out)]
+
+
+@pytest.mark.slow
+def test_faults_a_killed_rank_costs_the_steps_since_the_last_checkpoint(corpus, tmp_path):
+    """kill -9 in forward, in a collective and in a save: torchrun starts all ranks again, and the
+    run ends with the same logs and weights as the one that nothing happened to."""
+    argv = [*TINY, "--data", corpus, "--steps", "30", "--save-every", "10", "--dropout", "0.1"]
+
+    def one(kind):
+        run = torchrun(tmp_path, kind, [*argv, "--out", str(tmp_path / kind / "run")],
+                       "--standalone", "--max-restarts", "2")
+        assert run.returncode == 0, (kind, run.stderr[-3000:])
+        return re.search("weights crc32 ([0-9a-f]+) on 2 rank", run.stdout)[1], run
+
+    with concurrent.futures.ThreadPoolExecutor(2) as two:               # four ranks at most
+        kinds = "none", "forward", "collective", "save"
+        runs = dict(zip(kinds, two.map(one, kinds)))
+    for kind in kinds:
+        out = tmp_path / kind / "run"
+        assert runs[kind][0] == runs["none"][0], kind
+        assert traces(out) == traces(tmp_path / "none" / "run"), kind
+        steps = re.findall(r"^step +(\d+)/", runs[kind][1].stdout, re.M)
+        again = {"none": 0, "forward": 6, "collective": 6, "save": 10}[kind]
+        assert 0 <= len(steps) - 30 - again <= 2, (kind, len(steps))    # 17 - 1 - 10; 20 - 10
+        assert not list(out.glob("*.tmp")) and not list(out.parent.glob("run.*")), kind
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_faults_a_rank_that_hangs_is_named(corpus, tmp_path):
+    run = torchrun(tmp_path, "hang", [*TINY, "--data", corpus, "--steps", "30", "--timeout", "5",
+                                      "--out", str(tmp_path / "run")], "--standalone")
+    assert run.returncode == 1
+    assert "error: rank 0 waited 5 s for others, in step 5: " in run.stderr, run.stderr[-3000:]
+    assert re.search("Ranks? 1 failed to pass monitoredBarrier", run.stderr), run.stderr[-3000:]
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_faults_two_machines_train_as_one(ranks, corpus, tmp_path):
+    """Two agents of torchrun, as on two hosts; the second one is given no address of the first's
+    processes, only the meeting point."""
+    argv = [*TINY, "--data", corpus, "--steps", "8"]
+    want = ranks.run(_train, 2, [*argv, "--out", str(tmp_path / "one")])[0]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def node(number):
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank",
+             str(number), "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "job1",
+             "--rdzv-endpoint", f"localhost:{port}", str(HERE / "train.py"), *argv, "--out",
+             str(tmp_path / "two")], capture_output=True, text=True, timeout=200,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    with concurrent.futures.ThreadPoolExecutor(2) as two:
+        runs = list(two.map(node, (0, 1)))
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-2000:]
+    got = [(r["loss"], r["grad_norm"], r.get("val_loss")) for r in records(tmp_path / "two")]
+    assert got == want
+
+
+@pytest.mark.parametrize("nproc", ["1", slow("2")])
+def test_faults_sigterm_saves_and_ends_with_0(ranks, corpus, tmp_path, nproc):
+    argv = [*TINY, "--data", corpus, "--steps", "200", "--save-every", "1000", "--log-every", "10"]
+    want = ranks.run(_train, int(nproc), [*argv, "--out", str(tmp_path / "whole")])[0]
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "train.py"), *argv, "--nproc", nproc, "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.stdout.read()
+    assert process.wait(60) == 0, said
+    step = int(re.search(r"stopped by SIGTERM: step (\d+) is saved", said)[1])
+    assert 10 <= step < 200 and [path.name for path in resume.saved(out)] == [f"step_{step:07}"]
+    ranks.run(_train, int(nproc), ["--resume", "--out", str(out)])
+    stopped = {r["step"]: (r["loss"], r["grad_norm"]) for r in records(out)}
+    for record in records(tmp_path / "whole"):
+        assert stopped[record["step"]] == (record["loss"], record["grad_norm"])
+    assert len(want) == 20 and processes_of(tmp_path) == []
+
+
+def _train_in_little_space(argv):
+    """No file may grow beyond 30 kB: what a full disk says (in other words)."""
+    import resource as limits
+    before = limits.getrlimit(limits.RLIMIT_FSIZE)
+    limits.setrlimit(limits.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        _train(argv)
+    except OSError as problem:
+        return str(problem)
+    finally:
+        limits.setrlimit(limits.RLIMIT_FSIZE, before)
+    return "no error"
+
+
+def test_faults_a_full_disk_leaves_the_checkpoints_before(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "20", "--save-every", "10"]
+    for n in (1, 2):
+        whole, out = str(tmp_path / f"whole{n}"), tmp_path / f"run{n}"
+        want = ranks.run(_train, n, [*argv, "--out", whole])[0]
+        ranks.run(_train, n, [*argv, "--out", str(out)])
+        shutil.rmtree(resume.saved(out)[-1])
+        before = everything_in(resume.saved(out)[-1])
+        said = ranks.run(_train_in_little_space, n, ["--resume", "--out", str(out)])
+        assert all("step_0000020.tmp: " in text for text in said), said
+        assert [path.name for path in resume.saved(out)] == ["step_0000010"]
+        assert everything_in(resume.saved(out)[-1]) == before
+        assert ranks.run(_train, n, ["--resume", "--out", str(out)])[0] == want
+        assert not list(out.glob("*.tmp"))
+
+
+def _train_and_listen(argv):
+    said = []
+    with mock.patch.object(train, "say", said.append):
+        return _train(argv), [text for text in said if text.startswith("note")]
+
+
+def test_faults_a_damaged_checkpoint_is_passed_over(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "30", "--save-every", "10"]
+    for n, name in ((1, "__0_0.distcp"), (2, "__1_0.distcp"), (1, "manifest.json")):
+        out = tmp_path / f"{n}{name}"
+        want = ranks.run(_train, n, [*argv, "--out", str(out)])[0]
+        file = resume.saved(out)[-1] / name
+        file.write_bytes(file.read_bytes()[:-100])
+        got, said = ranks.run(_train_and_listen, n, ["--resume", "--out", str(out)])[0]
+        assert got == want and "step_0000030" in said[0], said
+        assert said[0].endswith("; going on from step 20"), said
+        names = {path.name for path in out.glob("*step*")}
+        assert names == {"step_0000020", "step_0000030", "damaged_step_0000030"}, names
+
+
+def _train_with_nan(argv):
+    trainer = train.Trainer(train.parse(argv))
+    plain = trainer.backward
+
+    def backward():
+        loss = plain()
+        if trainer.step == 16 and trainer.rank == 0:        # the 17th step
+            next(trainer.model.parameters()).grad[0, 0] = math.nan
+        return loss
+
+    trainer.backward = backward
+    try:
+        trainer.train()
+    except SystemExit as ended:
+        return str(ended)
+
+
+def test_faults_nan_is_never_saved_and_its_batch_is_named(ranks, corpus, pairs, tmp_path):
+    for path, place in ((corpus, r"16 tokens \(bytes\) each from \[(\d+), "),
+                        (pairs, r"the pairs beginning with \[\[(\d+), ")):
+        out = tmp_path / pathlib.Path(path).stem
+        argv = [*TINY, "--data", path, "--steps", "60", "--save-every", "5", "--eval-every", "60",
+                "--out", str(out)]
+        argv[argv.index("--log-every") + 1] = "60"
+        said = ranks.run(_train_with_nan, 1, argv)[0]
+        found = re.search("at step 20: first not finite in step 17, whose batch begins with "
+                          + place, said)
+        assert found, said
+        trainer_windows = (data.Windows(data.text_file(path)[0], 16) if path == corpus else
+                           sft.Pairs(sft.pairs_file(path, sft.Bytes())[0], 16))
+        first = trainer_windows[16 * 12]                    # batches of 12
+        assert int(found[1]) == (trainer_windows.starts[16 * 12 % trainer_windows.count]
+                                 if path == corpus else first[0][0])
+        assert [path.name for path in resume.saved(out)] == ["step_0000010", "step_0000015"]
+
+
+def _kept(folder):
+    saver = resume.Saver(folder, keep=1)
+    for step, score in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0)):
+        tensors = state_of(step)
+        saver.save(step, tensors, {"dim": 3}, {"lr": step}, score)
+        for t in tensors.values():
+            t.fill_(-1.0)                                   # the copy is what is saved
+    saver.wait()
+    got = {name: torch.zeros_like(t) for name, t in state_of(3).items()}
+    step = resume.load_last(folder, got, {"dim": 3})
+    return ([path.name for path in resume.saved(folder)], resume.best(folder).name, step,
+            all(torch.equal(got[name], t) for name, t in state_of(4).items()))
+
+
+def check_saves_in_the_background(ranks, tmp_path):
+    want = ["step_0000002", "step_0000004"], "step_0000002", (4, {"lr": 4}, ""), True
+    for n in (1, 3):
+        assert ranks.run(_kept, n, tmp_path / str(n)) == [want] * n
+
+
+def test_resume_saves_a_copy_in_the_background_and_keeps_the_best(ranks, tmp_path):
+    check_saves_in_the_background(ranks, tmp_path)
+
+
+def _kept_by_mutant(line, broken, folder):
+    with mock.patch.object(resume, "Saver", mutant("resume", line, broken).Saver):
+        return _kept(folder)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ('t.detach().to("cpu", copy=True)', 't.detach().to("cpu")'),
+    (" - {best(root)}", ""), ("saved(root)[:-keep]", "saved(root)[:-keep - 1]"),
+    ("return min(", "return max(")])
+def test_resume_the_background_check_notices(ranks, tmp_path, line, broken):
+    got = ranks.run(_kept_by_mutant, 1, line, broken, tmp_path)[0]
+    assert got[0] != ["step_0000002", "step_0000004"] or not got[3]
+
+
+# ------------------------------------------------------------------ everything together
+
+# Techniques: (flags, processes they multiply, those of the same kind, of which a run has one).
+PIPELINES = {"pipeline, GPipe", "1F1B", "interleaved", "zero-bubble H1"}
+ZEROS = {"ZeRO-1", "ZeRO-2", "ZeRO-3"}
+TECHNIQUES = {
+    "data parallel": ("", 2, ZEROS | {"expert parallel"}),
+    "ZeRO-1": ("--zero 1", 2, ZEROS), "ZeRO-2": ("--zero 2", 2, ZEROS),
+    "ZeRO-3": ("--zero 3", 2, ZEROS), "tensor parallel": ("--tp 2", 2, {"sequence parallel"}),
+    "sequence parallel": ("--tp 2 --sequence-parallel", 2, {"tensor parallel"}),
+    "pipeline, GPipe": ("--pp 2 --schedule gpipe", 2, PIPELINES),
+    "1F1B": ("--pp 2", 2, PIPELINES),
+    "interleaved": ("--pp 2 --schedule interleaved", 2, PIPELINES),
+    "zero-bubble H1": ("--pp 2 --schedule zb-h1", 2, PIPELINES),
+    "experts": ("--experts 4", 1, {"expert parallel"}),
+    "expert parallel": ("--experts 4 --ep 2", 2, {"experts", "data parallel"}),
+    "microbatches": ("--microbatches 3", 1, set()), "recomputation": ("--recompute full", 1, set()),
+    "bf16": ("--dtype bf16", 1, {"fp16", "fp8"}), "fp16": ("--dtype fp16", 1, {"bf16", "fp8"}),
+    "fp8": ("--dtype fp8", 1, {"bf16", "fp16"}), "Muon": ("--optimizer muon", 1, set()),
+    "masked (BERT)": ("--objective mlm", 1, set()), "pairs": ("--data pairs.jsonl", 1, set()),
+    "LoRA": ("--init out/model --peft lora", 1, set())}
+REFUSED = [({"tensor parallel", "sequence parallel"}, ZEROS, "--tp goes without --zero"),
+           (ZEROS | {"tensor parallel", "sequence parallel"}, {"Muon"}, "Muon needs whole"),
+           (PIPELINES, {"ZeRO-2", "ZeRO-3"}, "2 and 3 send in every microbatch"),
+           ({"interleaved"}, {"microbatches"}, "goes in rounds"),          # 3 of 2 processes
+           ({"zero-bubble H1"}, {"fp8"}, "only F.linear splits its backward"),
+           ({"LoRA"}, {"Muon", "fp8"}, "--peft goes with --optimizer adamw, and without"),
+           ({"LoRA", "pairs"}, {"masked (BERT)"}, "goes with --objective causal")]
+TOGETHER = [                                                            # three and more, 4 ranks
+    ("data parallel", "sequence parallel", "recomputation", "bf16", "experts"),
+    ("expert parallel", "sequence parallel", "microbatches"),
+    ("expert parallel", "zero-bubble H1", "recomputation", "ZeRO-1"),
+    ("expert parallel", "ZeRO-3", "microbatches", "recomputation", "fp16"),
+    ("tensor parallel", "interleaved", "recomputation", "experts"),
+    ("sequence parallel", "zero-bubble H1", "pairs", "recomputation"),
+    ("ZeRO-1", "1F1B", "microbatches", "recomputation", "fp16", "pairs"),
+    ("ZeRO-3", "LoRA", "pairs", "microbatches", "recomputation"),
+    ("sequence parallel", "1F1B", "LoRA", "pairs"),
+    ("data parallel", "interleaved", "Muon", "recomputation", "experts"),
+    ("data parallel", "zero-bubble H1", "masked (BERT)", "Muon"),
+    ("ZeRO-2", "masked (BERT)", "microbatches", "bf16")]
+CHANGES_THE_RUN = ("experts", "Muon", "masked (BERT)", "pairs", "LoRA", "bf16", "fp16", "fp8")
+
+
+def refusal(names):
+    return next((why for a, b, why in REFUSED
+                 if any({x, y} <= set(names) and x != y for x in a for y in b)), None)
+
+
+def combinations_of(names):
+    """Alone and in pairs; of one kind only one."""
+    pairs = itertools.combinations(names, 2)
+    return [(name,) for name in names] + [(a, b) for a, b in pairs if a not in TECHNIQUES[b][2]
+                                          and b not in TECHNIQUES[a][2]]
+
+
+def composition_table():
+    rows = ["| technique | flags | refused with |", "|---|---|---|"]
+    for name, (flags, _, _) in TECHNIQUES.items():
+        no = [other for other in TECHNIQUES if (name, other) in combinations_of(TECHNIQUES)
+              or (other, name) in combinations_of(TECHNIQUES)]
+        no = [other for other in no if refusal((name, other))]
+        rows.append(f"| {name} | {f'`{flags}`' if flags else ''} | {', '.join(no)} |")
+    return "\n".join(rows)
+
+
+def _compose(argv):
+    """Train 20 steps -> what each logged; no checkpoints: they are tested elsewhere."""
+    dist.barrier()                  # who is refused leaves: not while others are still connecting
+    with (mock.patch.object(train, "bf16_is_native", lambda device: True),
+          mock.patch.object(resume.Saver, "save")):
+        trainer = train.Trainer(train.parse(argv))
+        trainer.export = trainer.sample = trainer.meter.plot = lambda _: None
+        trainer.train()
+        trainer.finish()
+    keys = "loss", "grad_norm", "val_loss", "ppl", "tokens"
+    return [[r.get(key) for key in keys] for r in records(trainer.out)]
+
+
+def check_combinations(ranks, corpus, pairs, folder, names):
+    """Each combination: losses, gradient norms, perplexities of 20 steps = one process's (fp32: to
+    1e-4); with recomputation = without it, bit for bit; or refused, with the reason."""
+    argv = [*TINY, "--layers", "4", "--kv-heads", "2", "--steps", "20", "--eval-every", "10"]
+    done = {}
+
+    def run(names, n=None):
+        if (key := (frozenset(names), n)) not in done:
+            flags = " ".join(TECHNIQUES[name][0] for name in names).split()
+            flags += [] if "Muon" in names else ["--optimizer", "adamw"]
+            flags = [str(folder / ("experts" if "--experts" in flags else "dense"))
+                     if flag == "out/model" else pairs if flag == "pairs.jsonl" else flag
+                     for flag in flags]
+            flags += [] if "pairs" in names else ["--data", corpus]
+            n = n or math.prod(TECHNIQUES[name][1] for name in names) // (
+                2 if "expert parallel" in names and ZEROS & set(names) else 1)
+            done[key] = ranks.run(_compose, n, [*argv, *flags, "--out",
+                                                str(folder / f"run {len(done)}")])[0]
+        return done[key]
+
+    for combination in names:
+        why = refusal(combination)
+        if why:
+            with pytest.raises(AssertionError, match=why):
+                run(combination)
+            continue
+        got = run(combination)
+        alone = ["experts" if name == "expert parallel" else name for name in combination]
+        want = run([name for name in CHANGES_THE_RUN if name in alone], 1)
+        limit = {"bf16": 5e-3, "fp16": 1e-3, "fp8": 1e-2}.get(          # ZeRO: weights, too
+            next((name for name in ("bf16", "fp16", "fp8") if name in combination), None), 1e-4)
+        for a, b in zip(got, want, strict=True):
+            for x, y in zip(a, b):
+                assert x == y or abs(x / y - 1) < limit, (combination, a, b)
+            assert a[4] == b[4], (combination, "tokens")
+        if "recomputation" in combination:
+            rest = [name for name in combination if name != "recomputation"]
+            assert got == run(rest), combination
+    return done
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Byte models in transformers' format, one of them with experts."""
+    pytest.importorskip("safetensors", reason="folders: pip install safetensors")
+    out = tmp_path_factory.mktemp("folders")
+    small = dict(vocab_size=256, layers=4, dim=32, heads=2, kv_heads=2, seq_len=16, hidden=48)
+    GPT(Config(**small)).save_pretrained(out / "dense")
+    GPT(Config(**small, experts=4, balance="aux", qk_norm=False)).save_pretrained(out / "experts")
+    return out
+
+
+def test_composition_each_technique_and_some_together_equal_one_process(
+        ranks, corpus, pairs, folders):
+    check_combinations(ranks, corpus, pairs, folders, TOGETHER[::3] + [
+        (name,) for name in TECHNIQUES if name not in ("data parallel", "1F1B", "ZeRO-1")])
+
+
+@pytest.mark.slow
+def test_composition_every_pair_equals_one_process_or_is_refused(ranks, corpus, pairs, folders):
+    every = combinations_of(TECHNIQUES)
+    assert len(every) > 150 and all(len(c) == 1 or set(c) <= TECHNIQUES.keys() for c in every)
+    check_combinations(ranks, corpus, pairs, folders, every + TOGETHER)
+
+
+def test_composition_the_check_notices(ranks, corpus, pairs, folders):
+    """Another learning rate, by 0.5 %."""
+    with mock.patch.dict(TECHNIQUES, {"microbatches": ("--microbatches 3 --lr 0.00201", 1, set())}):
+        with pytest.raises(AssertionError, match="microbatches"):
+            check_combinations(ranks, corpus, pairs, folders, [("microbatches",)])
+
+
+def test_composition_the_readme_has_the_table():
+    assert composition_table() in README, composition_table()
 
 
 # ------------------------------------------------------------------ the house

@@ -752,8 +752,8 @@ def main(argv):
         else:
             say(f"stopped by SIGTERM: step {trainer.step} is saved; go on with --resume")
     except OSError as problem:
-        raise SystemExit(f"error: a checkpoint cannot be written: {problem}. The ones before it "
-                         f"are whole: free the disk and --resume") from problem
+        raise SystemExit(f"error: cannot write: {problem}. The last checkpoint is whole: make "
+                         f"room, and go on with --resume") from problem
     except RuntimeError as problem:
         if "imed out" not in str(problem):
             raise
