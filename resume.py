@@ -27,6 +27,7 @@ Left out  power failures (the rename is not forced to the disk), object stores (
 import concurrent.futures
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -88,8 +89,9 @@ def best(root):
     scores = []
     for folder in saved(root):
         with contextlib.suppress(Damaged):
-            scores.append((_manifest(folder).get("score"), folder))
-    return min((pair for pair in scores if pair[0] is not None), default=(None, None))[1]
+            scores.append((_manifest(folder)["score"], folder))
+    scores = [pair for pair in scores if pair[0] is not None and math.isfinite(pair[0])]
+    return min(scores, default=(None, None))[1]
 
 
 def save(root, step, tensors, facts, settings=None, keep=2, score=None, group=None):
@@ -109,9 +111,8 @@ def save(root, step, tensors, facts, settings=None, keep=2, score=None, group=No
 
     def finish():
         files = {path.name: _crc32(path) for path in sorted(beside.iterdir())}
-        text = json.dumps({"facts": facts, "settings": settings, "score": score, "crc32": files},
-                          indent=1)
-        (beside / "manifest.json").write_text(text)
+        _write_manifest(beside, {"facts": facts, "settings": settings, "score": score,
+                                 "crc32": files})
         os.replace(beside, folder)                              # atomic: from here on it exists
         for old in set(saved(root)[:-keep]) - {best(root)}:
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # never half deleted and named
@@ -128,13 +129,15 @@ def save(root, step, tensors, facts, settings=None, keep=2, score=None, group=No
 class Saver:
     """save() in the background: the run goes on while a thread writes a copy of the tensors.
 
-    All ranks make one and call it alike. The copy takes as much CPU memory as the state."""
+    All ranks make one and call it alike. The copy takes as much CPU memory as the state. timeout:
+    a timedelta, how long a rank's thread waits for another's."""
 
-    def __init__(self, root, keep=2):
+    def __init__(self, root, keep=2, timeout=None):
         self.root, self.keep, self.pending = root, keep, None
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         # Its own: collectives of two threads must not meet in one group.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = (dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized()
+                      else None)
 
     def save(self, step, tensors, facts, settings=None, score=None):
         """As save(), but returns at once, unless the one before is still being written; OSError of
@@ -178,7 +181,7 @@ def load(folder, tensors, facts):
     """Read a checkpoint into `tensors`, in place -> its step. All ranks call it, however many.
 
     ValueError, before anything is changed, if its facts are not `facts`; Damaged, if a file is not
-    what was saved."""
+    what was saved. What else goes wrong says nothing about the checkpoint."""
     def check():
         manifest = _manifest(folder)
         for name in facts | manifest["facts"]:
@@ -199,15 +202,24 @@ def load(folder, tensors, facts):
     try:
         dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as problem:
-        raise Damaged(f"{folder} cannot be read: {_last_line(problem)}") from problem
+        raise ValueError(f"{folder} cannot be read: {_last_line(problem)}") from problem
     return int(pathlib.Path(folder).name.split("_")[1])
+
+
+def _write_manifest(folder, content):
+    whole = {"manifest": content, "crc32": zlib.crc32(json.dumps(content).encode())}
+    pathlib.Path(folder, "manifest.json").write_text(json.dumps(whole, indent=1))
 
 
 def _manifest(folder):
     try:
-        return json.loads(pathlib.Path(folder, "manifest.json").read_text())
-    except (OSError, ValueError) as problem:
-        raise Damaged(f"{folder} has no readable manifest.json ({problem})") from problem
+        whole = json.loads(pathlib.Path(folder, "manifest.json").read_text())
+        content = whole["manifest"]
+        if zlib.crc32(json.dumps(content).encode()) != whole["crc32"]:
+            raise ValueError("it is damaged")
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as problem:
+        raise Damaged(f"{folder} has no readable manifest.json: {problem}") from problem
+    return content
 
 
 def _crc32(path):
@@ -351,9 +363,9 @@ def demo():
         trap = root / "run" / "step_0000010"
         harm = root / "harm"
         (trap / ".metadata").write_bytes(pickle.dumps(Harm(str(harm))))
-        manifest = json.loads((trap / "manifest.json").read_text())
+        manifest = _manifest(trap)
         manifest["crc32"][".metadata"] = _crc32(trap / ".metadata")     # an attacker would, too
-        (trap / "manifest.json").write_text(json.dumps(manifest))
+        _write_manifest(trap, manifest)
         refused = refuses(root / "run", got, {"dim": 200}) and not harm.exists()
         pickle.loads((trap / ".metadata").read_bytes())         # what torch's own reader does
         check(refused and harm.exists(), "code hidden in the index is refused",

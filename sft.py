@@ -72,9 +72,7 @@ class Tokenizer:
         self.model.no_truncation()          # a file may ask for these, and lose or add tokens
         self.model.no_padding()
         self.size = 1 + max(self.end, *self.model.get_vocab().values())
-        plain = self.model.encode("a", add_special_tokens=False).ids
-        whole = self.model.encode("a").ids
-        self.begin = whole[:next(i for i in range(len(whole)) if whole[i:][:len(plain)] == plain)]
+        self.begin = self._begin()
 
     def _end(self, folder):                 # some have several: the first
         for path in (folder / "tokenizer_config.json", folder / "config.json"):
@@ -87,6 +85,16 @@ class Tokenizer:
                 return number
         raise ValueError("neither eos_token in tokenizer_config.json nor eos_token_id in "
                          "config.json says what ends a text")
+
+    def _begin(self):                       # what is put before a text, any that it can write
+        for token in sorted(self.model.get_vocab().values()):
+            text = self.model.decode([token])
+            plain = self.model.encode(text, add_special_tokens=False).ids
+            whole = self.model.encode(text).ids
+            for i in range(len(whole) if plain else 0):
+                if whole[i:i + len(plain)] == plain:
+                    return whole[:i]
+        return []
 
     def encode(self, text):
         """With what the tokenizer puts before a text (such as BOS), once; without an end."""

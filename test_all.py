@@ -5769,8 +5769,7 @@ def test_sft_the_seam_check_notices(line, broken, tmp_path):
         assert not np.array_equal(module.Tokenizer(folder).encode_file(text),
                                   sft.Tokenizer(folder).encode_file(text))
     else:
-        with pytest.raises((AssertionError, StopIteration)):            # no "a" in a padded text
-            check_a_token_across_the_seam_is_the_completions(module, folder)
+        assert_caught(check_a_token_across_the_seam_is_the_completions, module, folder)
 
 
 def test_sft_what_ends_a_text_is_found_where_folders_say_it(tmp_path):
@@ -5908,9 +5907,9 @@ def check_an_index_runs_no_code(module, folder):
     module.save(folder, 1, state_of(1), {})
     path, harm = module.saved(folder)[-1], folder / "harm"
     (path / ".metadata").write_bytes(pickle.dumps(module.Harm(str(harm))))
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = module._manifest(path)
     manifest["crc32"][".metadata"] = module._crc32(path / ".metadata")
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    module._write_manifest(path, manifest)
     with pytest.raises(ValueError, match="cannot be read"):
         module.load(path, state_of(1), {})
     assert not harm.exists(), "the index ran code"
@@ -5958,7 +5957,7 @@ def check_metrics_log(m, folder):
     log = folder / "metrics.jsonl"
     ticks = iter(range(1000))
     with mock.patch.object(m.time, "perf_counter", lambda: float(next(ticks))):
-        meter = m.Meter(log, 0, 10, tokens=50)                      # 0 s
+        meter = m.Meter(log, 0, 10, tokens=50, flops=1e9, peak=2e11)            # 0 s
         for step in (1, 2):
             with meter.timing():                                    # 1 to 2 s and 3 to 4 s
                 pass
@@ -5973,6 +5972,9 @@ def check_metrics_log(m, folder):
     records = m.read(log)
     assert [r["step_ms"] for r in records] == [1000, 4000]
     assert [r["tokens_per_s"] for r in records] == [50, 12.5]
+    assert [r["tokens"] for r in records] == [100, 150]
+    assert [r["tflops_per_s"] for r in records] == [0.05, 0.0125]
+    assert [r["mfu"] for r in records] == [0.25, 0.0625] and "MFU 6.2%" in line
     assert records[0]["lr"] == 0.1 and records[1]["ppl"] == math.exp(1.0)
     with open(log, "a") as file:
         file.write('{"step": 4, "loss": 1.2}\n{"step": 5, "lo')
@@ -5982,6 +5984,137 @@ def check_metrics_log(m, folder):
     assert m.read(log) == records and log.read_text().count("\n") == 2
     meter.plot(folder / "curve.png")
     assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+MEGATRON_175B = dict(layers=96, dim=12288, heads=96, kv_heads=96, hidden=49152, vocab=51200,
+                     seq_len=2048, gated=False)
+
+
+def check_plan_formulas(m):
+    """Against this repository's model, counted; formulas of the papers; published runs."""
+    for mlp, kv, hidden in (("swiglu", 2, 160), ("gelu", 4, 256), ("swiglu", 1, 192)):
+        config = Config(vocab_size=300, layers=3, dim=64, heads=4, kv_heads=kv, hidden=hidden,
+                        seq_len=32, mlp=mlp, qk_norm=False)
+        shape = m.Shape(3, 64, 4, kv, hidden, 300, 32, mlp == "swiglu")
+        assert shape.flops() == config.flops()
+        gpt = GPT(config)
+        assert shape.parameters() == sum(p.numel() for p in gpt.parameters() if p.dim() > 1)
+        known = {t.untyped_storage().data_ptr() for t in (*gpt.parameters(), *gpt.tables.values())}
+        kept, x = {}, torch.randn(2, 32, 64, requires_grad=True)
+
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in known:
+                kept[t.untyped_storage().data_ptr()] = t        # alive: no storage is used twice
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            gpt.blocks[0](x, **gpt.positions(0, 32, "cpu"))
+        measured = sum(t.untyped_storage().nbytes() for t in kept.values()) / (2 * 32 * 4)
+        assert abs(shape.activations() / measured - 1) < 0.05, (mlp, shape.activations(), measured)
+    shape, P = m.Shape(**MEGATRON_175B), 96 * 12 * 12288**2
+    assert shape.parameters() == P + 2 * 51200 * 12288
+    whole = m.plan(shape, "A100", 64)
+    assert whole["weights"] + whole["gradients"] + whole["optimizer"] == 16 * shape.parameters()
+    for zero, bytes_of in ((0, 16), (1, 4 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)):
+        got = m.plan(shape, "A100", 64, dp=8, zero=zero)
+        block = 2 * 12 * 12288**2 if zero == 3 else 0
+        states = got["memory"] - got["activations"] - block
+        assert states == pytest.approx(bytes_of * shape.parameters(), rel=1e-12), zero
+        assert got["send"][1] == pytest.approx(                     # m = 8 microbatches
+            (24 if zero == 3 else 2) * 7 / 8 * shape.parameters() * 2, rel=1e-12), zero
+    got = m.plan(shape, "A100", 64, tp=8, pp=8, chunks=3)
+    assert got["bubble"] == 7 / (3 * 64)                            # Narayanan et al., 2.2
+    assert got["send"][0] == 8 * 7 / 8 * 64 * 2048 * 12288 * 12 * 2     # Megatron: 8 B T C (n-1)/n
+    kept = (6 + 4 + 2 * 4) * 12288 / 8 * 12                         # a token, 12 layers, a rank
+    assert got["activations"] == pytest.approx(2 * 2048 * kept * 8 * (1 + 7 / 24), rel=1e-12)
+    busy = 64 * 2048 * shape.flops() / 64 / (312e12 * 0.62)
+    assert got["seconds"] == pytest.approx(
+        (busy + got["send"][0] / 300e9) * (1 + 7 / 192), rel=1e-12)
+    again = m.plan(shape, "A100", 64, tp=8, pp=8, chunks=3, recompute=True)
+    assert again["activations"] == pytest.approx(
+        2 * 2048 * (12 * 12288 / 8 * 8 * (1 + 7 / 24) + kept / 12), rel=1e-12)
+    assert again["send"][0] == 1.5 * got["send"][0]                 # the forward's once more
+    assert again["seconds"] == pytest.approx(
+        (busy * 4 / 3 + again["send"][0] / 300e9) * (1 + 7 / 192), rel=1e-12)
+    for name, (shape, batch, layout, seconds, published) in m.MEGATRON.items():
+        error = m.plan(shape, "A100", batch, **layout)["seconds"] / seconds - 1
+        assert abs(error) < (0.25 if name == "22B" else 0.1), (name, error)
+
+
+def test_metrics_plan_formulas_are_the_papers_and_the_models():
+    check_plan_formulas(metrics)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("12 * self.layers * self.seq_len * self.dim", "6 * self.layers * self.seq_len * self.dim"),
+    ("split / tp + 6 * wide", "split / tp + 5 * wide"),
+    ("for stage in (3, 2, 1)]", "for stage in (1, 2, 3)]"),
+    ("min(pp, m) * (1", "pp * m * (1"), ("(pp - 1) / (chunks * m)", "(pp - 1) / m"),
+    ("passes = 12 if recompute else 8", "passes = 8"), ("* (4 / 3 if recompute else 1)", ""),
+    ("(m if zero == 3 else 1)", "1"), ("(3 if zero == 3 else 2) * (dp - 1)", "2 * (dp - 1)")])
+def test_metrics_the_plan_check_notices(line, broken):
+    assert_caught(check_plan_formulas, mutant("metrics", line, broken))
+
+
+def _bytes_of_a_rank(argv):
+    """Weights, gradients and optimizer state as they are between two steps' backwards."""
+    trainer = train.Trainer(train.parse(argv))
+    for _ in range(2):
+        trainer.backward()
+        trainer.update()
+    with (trainer.zero or trainer.parallel).no_sync():
+        x, y = trainer.examples(trainer.windows, range(2))
+        if not trainer.pipeline:
+            trainer.parallel(x, y)[1].backward()
+    if trainer.zero:
+        if trainer.args.zero > 1:               # 1 keeps them whole between microbatches
+            trainer.zero.sync()
+        return zero.held(trainer.zero)
+    weights = list(trainer.model.parameters())
+    state = [t for p in weights for t in trainer.optimizers[0][0].state[p].values()]
+    return [sum(p.nbytes for p in weights)] * 2 + [sum(t.nbytes for t in state)]
+
+
+def test_metrics_the_plan_has_the_bytes_of_real_runs(ranks, corpus, tmp_path):
+    """Of the fullest rank, in float32, within 5 %."""
+    sizes = dict(layers=4, dim=64, heads=4, kv_heads=2, hidden=160, vocab=256, seq_len=16)
+    argv = [*TINY[6:], "--layers", "4", "--dim", "64", "--heads", "4", "--kv-heads", "2",
+            "--hidden", "160", "--seq-len", "16", "--data", corpus, "--optimizer", "adamw"]
+    shape = metrics.Shape(**sizes)
+    for n, flags, layout in (
+            (1, "", {}), (2, "", dict(dp=2, zero=0)), (2, "--zero 1", dict(dp=2, zero=1)),
+            (2, "--zero 2", dict(dp=2, zero=2)), (3, "--zero 3", dict(dp=3, zero=3)),
+            (2, "--tp 2", dict(tp=2)), (2, "--pp 2", dict(pp=2)),
+            (4, "--tp 2 --pp 2", dict(tp=2, pp=2))):
+        out = tmp_path / "_".join([str(n), *flags.split()])
+        found = ranks.run(_bytes_of_a_rank, n, [*argv, *flags.split(), "--out", str(out)])
+        want = metrics.plan(shape, "A100", 12, kinds=(4, 4, 8), **layout)
+        want = [want[key] for key in ("weights", "gradients", "optimizer")]
+        if layout.get("zero") == 3:                         # no block is at work now
+            want[0] -= 4 * shape.block()
+        got = max(found, key=sum)
+        for a, b in zip(got, want):
+            assert abs(a / b - 1) < 0.05, (flags, got, want)
+
+
+def test_metrics_layouts_fit_and_are_sorted(capsys):
+    shape = metrics.Shape(**MEGATRON_175B)
+    found = metrics.layouts(shape, "A100", 64, 64)
+    assert len(found) > 10
+    assert all(needs["memory"] <= 0.9 * 80e9 for _, needs in found)
+    seconds = [needs["seconds"] for _, needs in found]
+    assert seconds == sorted(seconds)
+    assert all(math.prod(layout[key] for key in ("dp", "tp", "pp")) == 64 for layout, _ in found)
+    assert not metrics.layouts(shape, "A100", 8, 64)
+    with pytest.raises(ValueError, match="are not cut by"):
+        metrics.plan(shape, "A100", 64, tp=5)
+    metrics.main(["--plan", "--gpus", "8", "--layers", "16", "--dim", "2048", "--hidden", "8192",
+                  "--seq-len", "4096", "--batch", "32"])
+    said = capsys.readouterr().out
+    assert "on 8 H100" in said and len(said.splitlines()) == 14
+    assert metrics.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert metrics.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert metrics.peak_flops("NVIDIA H100 PCIe") is None and metrics.peak_flops("cpu") is None
 
 
 def test_metrics_scores_are_the_definitions():
@@ -7638,8 +7771,9 @@ def test_faults_a_killed_rank_costs_the_steps_since_the_last_checkpoint(corpus, 
         assert runs[kind][0] == runs["none"][0], kind
         assert traces(out) == traces(tmp_path / "none" / "run"), kind
         steps = re.findall(r"^step +(\d+)/", runs[kind][1].stdout, re.M)
-        again = {"none": 0, "forward": 6, "collective": 6, "save": 10}[kind]
-        assert 0 <= len(steps) - 30 - again <= 2, (kind, len(steps))    # 17 - 1 - 10; 20 - 10
+        again = {"none": 0, "forward": 6, "collective": 6, "save": 10}[kind]   # 17 - 1 - 10
+        more = 10 if kind == "save" else 2          # steps go on while step 20 is being saved
+        assert 0 <= len(steps) - 30 - again <= more, (kind, len(steps))
         assert not list(out.glob("*.tmp")) and not list(out.parent.glob("run.*")), kind
     assert processes_of(tmp_path) == []
 
@@ -7990,8 +8124,9 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "model": {"rope", "flash_attn", "tp", "moe", "checkpoint"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics"}}
-LONGEST = {"model": 790, "train": 775, "resume": 405, "checkpoint": 640, "zero": 605, "tp": 570,
-           "pp": 800, "amp": 910, "ddp": 310, "moe": 565, "peft": 920, "sft": 330}  # others: 300
+LONGEST = {"model": 790, "train": 810, "resume": 420, "metrics": 395, "checkpoint": 640,
+           "zero": 605, "tp": 570, "pp": 800, "amp": 910, "ddp": 310, "moe": 565, "peft": 920,
+           "sft": 340}                                                  # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()

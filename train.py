@@ -37,6 +37,7 @@ import pathlib
 import shutil
 import signal
 import sys
+import traceback
 import zlib
 
 import torch
@@ -47,7 +48,7 @@ import resume
 from amp import DynamicLossScaler, autocast, bf16_is_native, convert_to_float8
 from data import MASK, Windows, examples, standard_library, text_file
 from ddp import DDP
-from metrics import Meter, scores
+from metrics import Meter, peak_flops, scores
 from model import GPT, Config, config_of, hf_name
 from muon import Muon
 from pp import NAMES, Pipeline, schedule
@@ -204,8 +205,9 @@ class Trainer:
             self.zero.load_full_state_dict(self.parts(state))
             self.optimizers = [(self.zero.optimizer, peak)]
         self.parallel = self.zero or DDP(self.model, self.dp_group)
-        self.watch = dist.new_group(backend="gloo")     # to ask who is alive, when others fail
-        self.saver, self.stop = resume.Saver(self.out, args.keep), False
+        patience = datetime.timedelta(seconds=args.timeout)
+        self.watch = dist.new_group(backend="gloo", timeout=patience)   # to ask who is alive
+        self.saver, self.stop = resume.Saver(self.out, args.keep, patience), False
         self.first_bad = torch.zeros((), device=args.device)    # step without a finite gradient
         dist.barrier()                              # from here on no rank has bad input
         if self.log.exists() and not args.resume and self.rank == 0:    # nothing is overwritten
@@ -216,7 +218,7 @@ class Trainer:
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
         self.meter = Meter(self.log if self.rank == 0 else None, self.step, args.steps,
-                           args.batch_size * args.seq_len)
+                           args.batch_size * args.seq_len, config.flops(), self.peak())
         count, at_work = self.count_parameters()
         say(f"model  {count:,.0f} parameters: {args.layers} layers, C={args.dim}, H={args.heads}, "
             f"T={args.seq_len}; {self.world} x {args.device}")
@@ -266,6 +268,12 @@ class Trainer:
             routed = name.endswith(("mlp.gate_up", "mlp.down"))
             at_work += size * self.args.top_k // self.args.experts if routed else size
         return [count * self.args.pp / self.world for count in self.sum_over_ranks(total, at_work)]
+
+    def peak(self):
+        """FLOP/s of all ranks together, or None if nobody knows: no MFU then."""
+        name = torch.cuda.get_device_name() if self.args.device == "cuda" else self.args.device
+        peak = peak_flops(name)
+        return peak and peak * self.world
 
     def tensors(self):
         """What a checkpoint holds of this rank, by names and shapes that no layout changes."""
@@ -438,7 +446,7 @@ class Trainer:
                 with self.region():
                     loss = self.backward()
                 norm = self.update()
-            stopping = self.world > 1 and self.max_over_ranks(self.stop) or self.stop
+            stopping = bool(self.max_over_ranks(self.stop) if self.world > 1 else self.stop)
             log, check, keep = (self.step % every == 0 or self.step == args.steps
                                 for every in (args.log_every, args.eval_every, args.save_every))
             keep = keep or stopping
@@ -453,25 +461,30 @@ class Trainer:
             if args.experts:
                 values["busiest"] = self.max_over_ranks(self.busiest)
             if check:
-                nats = self.evaluate(None if self.step == args.steps else 100)
+                score = nats = self.evaluate(100)
+                if self.step == args.steps:
+                    nats = self.evaluate()
                 values |= scores(nats, self.tokens_per_byte)
             line = self.meter.log(self.step, **values)
             if keep:
                 settings = {key: value for key, value in vars(args).items() if key not in LAYOUT}
                 settings["scaler"] = self.scaler and self.scaler.state_dict()
-                settings["job"] = job()
-                self.saver.save(self.step, self.tensors(), self.facts, settings,
-                                values.get("val_loss"))
+                settings |= {"job": job(), "stopped": os.getppid() if stopping else None}
+                state = self.tensors()
+                if self.max_over_ranks(not all(t.isfinite().all() for t in state.values())):
+                    raise SystemExit(f"error: weights or optimizer state are not finite after step "
+                                     f"{self.step}, and not saved: lower --lr")
+                self.saver.save(self.step, state, self.facts, settings, score if check else None)
             say(line)
         self.saver.wait()
         return self.step == args.steps
 
     def stop_at_nan(self, loss, norm):
-        """A NaN never gets into a checkpoint. (With a scaler, a step of infinite norm is none.)"""
-        first = self.max_over_ranks(self.first_bad)
-        if math.isfinite(loss) and (self.scaler or first == 0):
+        """Loss and norm are the same on all ranks. A scaler skips such steps, and knows an end."""
+        first = int(self.first_bad)
+        if self.scaler or math.isfinite(loss) and first == 0:
             return
-        step = int(first) if first and not self.scaler else self.step
+        step = first or self.step
         begin = (step - 1) * self.args.batch_size
         where = self.windows.where(range(begin, begin + min(8, self.args.batch_size)))
         raise SystemExit(f"error: loss {loss}, gradient norm {norm} at step {self.step}: first not "
@@ -698,14 +711,21 @@ def job():
     return f"{name} {os.getppid()}" if name == "none" else name
 
 
-def restarted(out):
+def restarted(args):
     """Has torchrun started this job's processes again, and has it left a checkpoint? As rank 0 sees
-    it; any rank may be on a machine that is new in the job."""
+    it; any rank may be on a machine that is new in the job. The first time an earlier run's folder,
+    which is not moved aside yet, gets a mark: another job may have had the same name."""
     times, again = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))), [False]
     dist.all_reduce(times, dist.ReduceOp.MAX)
-    if times > 0 and dist.get_rank() == 0:
-        with contextlib.suppress(ValueError):
-            again = [last_settings(out).get("job") == job()]
+    if dist.get_rank() == 0 and resume.saved(args.out):
+        mark = pathlib.Path(args.out, "before_the_job")
+        if times == 0 and not args.resume:
+            mark.write_text(job())
+        elif times == 0:
+            mark.unlink(missing_ok=True)
+        elif not mark.exists() or mark.read_text() != job():
+            with contextlib.suppress(ValueError):
+                again = [last_settings(args.out).get("job") == job()]
     dist.broadcast_object_list(again)
     return again[0]
 
@@ -719,13 +739,15 @@ def start_ranks(args, argv):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.nproc)))
     here = LaunchConfig(run_id="train", min_nodes=1, max_nodes=1, nproc_per_node=args.nproc,
                         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
-    before = resume.saved(args.out)
     try:
         elastic_launch(here, sys.executable)(__file__, *argv)
     except ChildFailedError as failed:
         sys.exit(max(1, *(failure.exitcode for failure in failed.failures.values())))
     except SignalException:                         # which the ranks have got, too
-        sys.exit(resume.saved(args.out) == before)
+        last = resume.saved(args.out)[-1:]
+        done = last and (last_settings(args.out).get("stopped") == os.getpid() or
+                         last[0].name == f"step_{args.steps:07d}")
+        sys.exit(0 if done else 1)
 
 
 def main(argv):
@@ -734,7 +756,7 @@ def main(argv):
         if dist.is_torchelastic_launched():
             # gloo, and nccl where there is CUDA
             dist.init_process_group(timeout=datetime.timedelta(seconds=args.timeout))
-            if restarted(args.out):
+            if restarted(args):
                 args = parse([*argv, "--resume"])
         elif args.nproc > 1:
             return start_ranks(args, argv)
@@ -751,19 +773,32 @@ def main(argv):
             trainer.finish()
         else:
             say(f"stopped by SIGTERM: step {trainer.step} is saved; go on with --resume")
-    except OSError as problem:
-        raise SystemExit(f"error: cannot write: {problem}. The last checkpoint is whole: make "
-                         f"room, and go on with --resume") from problem
-    except RuntimeError as problem:
-        if "imed out" not in str(problem):
-            raise
-        raise SystemExit(f"error: rank {dist.get_rank()} waited {args.timeout} s for others, in "
-                         f"step {trainer.step + 1}: {trainer.who_is_missing()}") from problem
-    dist.barrier()                                      # gloo may abort whom others leave behind
+        dist.barrier()                                  # gloo may abort whom others leave behind
+    except SystemExit as ended:
+        leave(ended.code)
+    except (OSError, RuntimeError) as problem:
+        if "imed out" in str(problem):
+            leave(f"error: rank {dist.get_rank()} waited {args.timeout} s for others, in step "
+                  f"{trainer.step + 1}: {trainer.who_is_missing()}")
+        if isinstance(problem, OSError):
+            leave(f"error: cannot write: {problem}. The last checkpoint is whole: make room, and "
+                  f"go on with --resume")
+        traceback.print_exc()
+        leave(1)
     dist.destroy_process_group()
-    if dist.is_torchelastic_launched():                 # as Python ends, gloo's threads may still
-        sys.stdout.flush()                              # hold tensors, and abort
-        os._exit(0)
+    leave(0)
+
+
+def leave(code):
+    """End, at once under torchrun: a thread that saves may wait for a rank that is gone, and gloo's
+    threads may hold tensors as Python ends, and abort. A text is printed, and ends with 1."""
+    if not dist.is_torchelastic_launched():
+        sys.exit(code)
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":
