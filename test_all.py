@@ -23,6 +23,7 @@ import os
 import pathlib
 import pickle
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -7201,6 +7202,7 @@ def _spoiled_experts(argv):
                if name in before)
 
 
+@pytest.mark.slow
 def test_train_experts_train_and_resume_in_any_layout(ranks, corpus, tmp_path):
     check_experts_train_and_resume_in_any_layout(ranks, corpus, tmp_path)
 
@@ -7227,6 +7229,7 @@ def _weights_under(argv):
     return [(r["loss"], r["grad_norm"], r.get("val_loss")) for r in records(trainer.out)], same
 
 
+@pytest.mark.slow
 def test_train_fine_tunes_in_any_layout_and_resumes(ranks, corpus, pretrained, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("the cat sat on the mat, the dog on the log; " * 400)
@@ -7309,6 +7312,7 @@ def test_train_the_pairs_check_notices(ranks, pairs, tmp_path, mutation, layout)
         check_gradients_are_those_of_one_process(ranks, pairs, tmp_path, mutation, [layout])
 
 
+@pytest.mark.slow
 def test_train_learns_pairs_in_any_layout_and_resumes(ranks, pairs, tmp_path):
     argv = [*TINY, "--seq-len", "24", "--data", pairs, "--steps", "60", "--save-every", "30",
             "--eval-every", "30", "--optimizer", "adamw", "--lr", "0.01"]
@@ -7370,6 +7374,7 @@ def test_train_tied_models_and_experts_of_transformers_train_in_pipelines(ranks,
         assert abs(got[-1][0] - want[-1][0]) < 2e-5
 
 
+@pytest.mark.slow
 def test_train_a_folder_keeps_what_is_not_the_trainers(ranks, tmp_path):
     """Mistral stays Mistral, with its window and its longest text."""
     folder = spoken(tmp_path / "mistral", "Mistral", sliding_window=24, rope_theta=5e4)
@@ -7813,7 +7818,7 @@ def test_faults_two_machines_train_as_one(ranks, corpus, tmp_path):
     assert got == want
 
 
-@pytest.mark.parametrize("nproc", ["1", slow("2")])
+@pytest.mark.parametrize("nproc", [slow("1"), slow("2")])
 def test_faults_sigterm_saves_and_ends_with_0(ranks, corpus, tmp_path, nproc):
     argv = [*TINY, "--data", corpus, "--steps", "200", "--save-every", "1000", "--log-every", "10"]
     want = ranks.run(_train, int(nproc), [*argv, "--out", str(tmp_path / "whole")])[0]
@@ -7850,6 +7855,7 @@ def _train_in_little_space(argv):
     return "no error"
 
 
+@pytest.mark.slow
 def test_faults_a_full_disk_leaves_the_checkpoints_before(ranks, corpus, tmp_path):
     argv = [*TINY, "--data", corpus, "--steps", "20", "--save-every", "10"]
     for n in (1, 2):
@@ -8091,6 +8097,7 @@ def folders(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_composition_some_techniques_together_equal_one_process(ranks, corpus, pairs, folders):
     check_combinations(ranks, corpus, pairs, folders, TOGETHER[3::4], "4")
 
@@ -8190,19 +8197,21 @@ def test_house_every_copy_of_launch_is_the_same():
     assert len(copies) == 1
 
 
-def test_house_the_readme_names_commands_that_exist():
+def test_house_the_readme_names_commands_that_exist(capsys, monkeypatch):
     commands = set(
         re.findall(r"(?:python|train\.py|2) (\w+)\.py((?: --[\w-]+(?: [\w./]+)?)*)", README)
     )
     assert ("train", "") in commands and len(commands) > 8
-    asked = {name: subprocess.Popen([sys.executable, str(HERE / f"{name}.py"), "--help"],
-                                    stdout=subprocess.PIPE, text=True)
-             for name in {name for name, flags in commands if flags}}
-    helps = {name: run.communicate(timeout=60)[0] for name, run in asked.items()}
     for name, flags in commands:
-        for flag in re.findall(r"--[\w-]+", flags):
-            assert f"{flag} " in helps[name] or f"{flag}\n" in helps[name], (name, flag)
         assert (HERE / f"{name}.py").exists(), name
+        if flags:
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+            said = capsys.readouterr().out
+            assert ended.value.code == 0, name
+        for flag in re.findall(r"--[\w-]+", flags):
+            assert f"{flag} " in said or f"{flag}\n" in said, (name, flag)
 
 
 def test_house_the_readmes_line_counts_and_figures_are_true():
