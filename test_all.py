@@ -5755,6 +5755,23 @@ def test_sft_a_token_across_the_seam_is_the_completions(tmp_path):
         sft, bpe(tmp_path, before="[begin] $A [end]"))
 
 
+def test_sft_what_comes_before_a_text_is_found_in_any_vocabulary(tmp_path):
+    """Also where no token is a Latin letter, or the first ones cannot be written as a text."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers: pip install tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {"[begin]": 0, "[end]": 1, "\u4e2d": 2, "\u6587": 3, "?": 4}, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    made.add_special_tokens(["[begin]", "[end]"])
+    for before, want in (("[begin] $A", [0]), ("$A [end]", []), ("[begin] [end] $A", [0, 1])):
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=before, special_tokens=[("[begin]", 0), ("[end]", 1)])
+        made.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[end]"}))
+        tokenizer = sft.Tokenizer(tmp_path)
+        assert tokenizer.begin == want
+        assert tokenizer.encode("\u6587\u4e2d") == [*want, 3, 2]
+
+
 @pytest.mark.parametrize("line, broken", [
     ("self.model.no_truncation()", "pass"), ("self.model.no_padding()", "pass"),
     ("tokens if tokens[:len(self.begin)] == self.begin else self.begin", "self.begin"),
@@ -7729,6 +7746,8 @@ elif kind == "save" and rank == 0:  # of the second checkpoint: its data are wri
     at(resume, "_crc32", 5, end)
 elif kind == "hang" and rank == 1:
     at(train.GPT, "forward", 5, lambda: end(signal.SIGSTOP))
+elif kind == "hang_in_the_last_save" and rank == 1:
+    at(resume, "save", 1, lambda: end(signal.SIGSTOP))
 train.main(argv)
 '''
 
@@ -7790,7 +7809,11 @@ def test_faults_a_rank_that_hangs_is_named(corpus, tmp_path):
     assert run.returncode == 1
     assert "error: rank 0 waited 5 s for others, in step 5: " in run.stderr, run.stderr[-3000:]
     assert re.search("Ranks? 1 failed to pass monitoredBarrier", run.stderr), run.stderr[-3000:]
-    assert processes_of(tmp_path) == []
+    run = torchrun(tmp_path, "hang_in_the_last_save",
+                   [*TINY, "--data", corpus, "--steps", "5", "--save-every", "5", "--timeout", "5",
+                    "--out", str(tmp_path / "save")], "--standalone")
+    assert run.returncode == 1 and "error: rank 0 waited 5 s for others" in run.stderr, run.stderr
+    assert resume.saved(tmp_path / "save") == [] and processes_of(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -7892,17 +7915,16 @@ def test_faults_a_damaged_checkpoint_is_passed_over(ranks, corpus, tmp_path):
         assert names == {"step_0000020", "step_0000030", "damaged_step_0000030"}, names
 
 
-def _train_with_nan(argv):
+def _train_with_nan(argv, where=("gradient",)):
+    """On the last rank, in the 17th step, NaN in the gradient of a weight, in the loss, or both."""
     trainer = train.Trainer(train.parse(argv))
-    plain = trainer.backward
-
-    def backward():
-        loss = plain()
-        if trainer.step == 16 and trainer.rank == 0:        # the 17th step
-            next(trainer.model.parameters()).grad[0, 0] = math.nan
-        return loss
-
-    trainer.backward = backward
+    now = lambda: trainer.step == 16 and trainer.rank == trainer.world - 1
+    if "gradient" in where:
+        next(trainer.model.parameters()).register_hook(
+            lambda grad: grad * math.nan if now() else grad)
+    if "loss" in where:                         # + changes no gradient
+        trainer.model.register_forward_hook(
+            lambda _, __, out: (out[0], out[1] + math.nan) if now() else out)
     try:
         trainer.train()
     except SystemExit as ended:
@@ -7926,6 +7948,100 @@ def test_faults_nan_is_never_saved_and_its_batch_is_named(ranks, corpus, pairs, 
         assert int(found[1]) == (trainer_windows.starts[16 * 12 % trainer_windows.count]
                                  if path == corpus else first[0][0])
         assert [path.name for path in resume.saved(out)] == ["step_0000010", "step_0000015"]
+
+
+@pytest.mark.parametrize("n, where, flags, says", [
+    (1, ("gradient",), (), "error: loss [0-9.]+, gradient norm nan at step 17: .* in step 17, "),
+    (2, ("gradient", "loss"), (), "error: loss nan, gradient norm nan at step 17: .* in step 17, "),
+    (2, ("loss",), (), "error: loss nan, gradient norm [0-9.]+ at step 17: .* in step 17, "),
+    (2, ("gradient",), ("--zero", "2"), "norm nan at step 17: .* in step 17, ")],
+    ids=["gradient", "both", "loss", "zero"])
+def test_faults_nan_ends_the_run_on_all_ranks(ranks, corpus, tmp_path, n, where, flags, says):
+    argv = [*TINY, "--data", corpus, "--steps", "20", "--save-every", "1", *flags, "--out",
+            str(tmp_path / "run")]
+    for said in ranks.run(_train_with_nan, n, argv, where):
+        assert said is not None and re.search(says, said), said
+    assert [path.name for path in resume.saved(tmp_path / "run")] == ["step_0000015",
+                                                                      "step_0000016"]
+
+
+def test_faults_weights_that_are_not_finite_are_not_saved(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "9", "--save-every", "1", "--optimizer", "adamw",
+            "--lr", "1e39", "--out", str(tmp_path / "run")]
+    said = ranks.run(_train_with_nan, 2, argv, ())
+    assert all(text.startswith("error: weights or optimizer state are not finite after step 1")
+               for text in said), said
+    assert resume.saved(tmp_path / "run") == []
+
+
+def _restarted(argv, times, name):
+    with mock.patch.dict(os.environ, TORCHELASTIC_RUN_ID=name,
+                         TORCHELASTIC_RESTART_COUNT=str(times)):
+        return train.restarted(train.parse(argv))
+
+
+def _train_in_job(argv, name):
+    with mock.patch.dict(os.environ, TORCHELASTIC_RUN_ID=name):
+        return _train(argv)
+
+
+def test_faults_a_restart_goes_on_only_with_its_own_jobs_checkpoints(ranks, corpus, tmp_path):
+    """Also where an earlier job in the same folder had the same name (--rdzv-id)."""
+    argv = [*TINY, "--data", corpus, "--steps", "2", "--save-every", "1", "--out",
+            str(tmp_path / "run")]
+    began = lambda name: ranks.run(_restarted, 2, argv, 0, name)
+    again = lambda name: ranks.run(_restarted, 2, argv, 1, name)
+    assert began("job1") == again("job1") == [False] * 2        # nothing was saved
+    ranks.run(_train_in_job, 2, argv, "job1")
+    assert again("job1") == [True] * 2 and again("job2") == [False] * 2
+    assert began("job1") == [False] * 2         # another job of that name begins, and is killed
+    assert again("job1") == [False] * 2         # before it has moved the folder aside
+    ranks.run(_train_in_job, 2, argv, "job1")
+    assert (tmp_path / "run.1").exists() and again("job1") == [True] * 2
+    argv.append("--resume")                     # the next goes on with it by its own flag
+    assert began("job1") == [False] * 2 and again("job1") == [True] * 2
+
+
+def _fails_to_read(folder):
+    problems = []
+    with mock.patch.object(resume.dcp, "load", side_effect=RuntimeError("the network is gone")):
+        try:
+            resume.load_last(folder, state_of(0), {})
+        except ValueError as problem:
+            problems.append((type(problem), str(problem)))
+    return problems
+
+
+def test_faults_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(ranks, tmp_path):
+    for step in (1, 2):
+        resume.save(tmp_path, step, state_of(step), {})
+    before = everything_in(tmp_path)
+    for n in (1, 2):
+        for problems in ranks.run(_fails_to_read, n, tmp_path):
+            [(kind, text)] = problems
+            assert kind is ValueError and "the network is gone" in text
+    assert everything_in(tmp_path) == before
+
+
+def test_faults_a_flipped_bit_in_the_manifest_never_changes_settings(tmp_path):
+    for step in (1, 2):
+        resume.save(tmp_path / "run", step, state_of(step), {"dim": 3}, {"lr": 0.125, "step": step},
+                    score=float(step))
+    path = resume.saved(tmp_path / "run")[-1] / "manifest.json"
+    whole, passed = path.read_bytes(), 0
+    for i in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[i] ^= 1 << i % 8
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        (tmp_path / "copy" / "step_0000002" / "manifest.json").write_bytes(flipped)
+        assert resume.best(tmp_path / "copy").name == "step_0000001"
+        got = state_of(0)
+        step, settings, problem = resume.load_last(tmp_path / "copy", got, {"dim": 3})
+        assert settings == {"lr": 0.125, "step": step} and bool(problem) == (step == 1)
+        assert all(torch.equal(got[key], t) for key, t in state_of(step).items())
+        passed += step == 1
+    assert passed > 0.8 * len(whole), "of the rest the flip changed a space"
 
 
 def _kept(folder):

@@ -429,7 +429,7 @@ class Trainer:
             if self.scaler:
                 self.scaler.update()
         except FloatingPointError as problem:       # on all ranks
-            raise SystemExit(f"error: step {self.step + 1}: {problem}")
+            self.give_up(f"step {self.step + 1}: {problem}")
         self.step += 1
         bad = ~norm.isfinite() & (self.first_bad == 0)
         self.first_bad += self.step * bad           # no waiting for the GPU in every step
@@ -472,8 +472,8 @@ class Trainer:
                 settings |= {"job": job(), "stopped": os.getppid() if stopping else None}
                 state = self.tensors()
                 if self.max_over_ranks(not all(t.isfinite().all() for t in state.values())):
-                    raise SystemExit(f"error: weights or optimizer state are not finite after step "
-                                     f"{self.step}, and not saved: lower --lr")
+                    self.give_up(f"weights or optimizer state are not finite after step "
+                                 f"{self.step}, and not saved: lower --lr")
                 self.saver.save(self.step, state, self.facts, settings, score if check else None)
             say(line)
         self.saver.wait()
@@ -487,9 +487,14 @@ class Trainer:
         step = first or self.step
         begin = (step - 1) * self.args.batch_size
         where = self.windows.where(range(begin, begin + min(8, self.args.batch_size)))
-        raise SystemExit(f"error: loss {loss}, gradient norm {norm} at step {self.step}: first not "
-                         f"finite in step {step}, whose batch begins with {where}: lower --lr, or "
-                         f"look at that text; the checkpoints are from before")
+        self.give_up(f"loss {loss}, gradient norm {norm} at step {self.step}: first not finite in "
+                     f"step {step}, whose batch begins with {where}: lower --lr, or look at that "
+                     f"text; the checkpoints are from before")
+
+    def give_up(self, why):
+        """All ranks call it. What is being saved was good."""
+        self.saver.wait()
+        raise SystemExit(f"error: {why}")
 
     def who_is_missing(self):
         """After a time-out: which ranks do not answer."""
