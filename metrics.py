@@ -15,19 +15,27 @@
                       --hidden 28672 --vocab 128256 --seq-len 8192 --batch 512
     every layout dp x tp x pp of these GPUs that fits: memory of a rank, bubble, step time, MFU
 
+    python metrics.py --trace out/trace.json      where the time of a profiled step went:
+    step = compute + exposed communication + data + rest         exposed: while nothing is computed
+    bus bandwidth = bytes / seconds x 2 (n-1)/n for all-reduce, (n-1)/n for all-gather, ...: what
+                    the slowest link carries, to be compared with what it could
+
 Cost     a JSON line per logged step. The clock runs only inside timing(): validation, saving and
          the first step after a pause do not slow down "tokens per second". On CUDA, read a value
-         (float(loss)) before log(), so that the GPU has done what was asked of it.
+         (float(loss)) before log(), so that the GPU has done what was asked of it. A profiled step
+         takes longer (here, on a CPU, up to a third), so its seconds are not counted there
 Paper    Jelinek et al. 1977, Perplexity; Gao et al. 2020, The Pile (bits per byte); Chowdhery et
          al. 2022, PaLM, appendix B (MFU, HFU); Korthikanti et al. 2022 (memory, times of Megatron)
-Run      python metrics.py             claims, figures/metrics.png; a few seconds
-Left out communication measured in a run; of plan(): experts, context parallelism, tied weights
+Run      python metrics.py             claims, figures/metrics.png; about 15 s
+Left out of plan(): context parallelism, tied weights. Without a GPU: memory in use by torch alone
 """
 
 import argparse
+import bisect
 import collections
 import contextlib
 import dataclasses
+import gzip
 import itertools
 import json
 import math
@@ -38,6 +46,44 @@ import sys
 import sysconfig
 import tempfile
 import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
+
+# --- launch (the same lines in every multi-process file; test_all.py compares them) ---
+def _rank(rank, fn, n, path, args):
+    try:
+        if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()
+        else:                                   # they meet in a file: no port to collide with
+            torch.set_num_threads(1)            # n processes share the cores
+            dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)
+        fn(*args)
+        dist.barrier()                          # leave together: gloo may abort who is still busy
+        dist.destroy_process_group()
+        if path is not None:                    # all is done; as Python ends, gloo's threads may
+            sys.stdout.flush()                  # still hold tensors, and abort
+            os._exit(0)
+    except Exception:
+        sys.stdout.flush()                      # what was printed, the traceback, and end at once:
+        sys.excepthook(*sys.exc_info())         # to leave the group in order could wait for ranks
+        os._exit(1)                             # that wait for this one
+
+
+def launch(fn, n, *args):
+    """Run fn(*args) in n new gloo processes, or, once a job, in those torchrun made (its n counts).
+    A rank that fails prints its traceback; the others are stopped, and this raises."""
+    if dist.is_torchelastic_launched():
+        return _rank(None, fn, n, None, args)
+    with tempfile.TemporaryDirectory() as folder:           # daemon: Ctrl-C leaves none behind
+        torch.multiprocessing.spawn(_rank, (fn, n, f"{folder}/store", args), n, daemon=True)
+# --- end launch ---
+
 
 
 def scores(nats, tokens_per_byte=1.0):
@@ -63,9 +109,203 @@ def mfu(tokens_per_s, flops_per_token, peak):
     return tokens_per_s * flops_per_token / peak
 
 
+# ------------------------------------------------------------------ what a step spent
+
+SIZES = {"double": 8, "long": 8, "long int": 8, "float": 4, "int": 4, "bfloat16": 2, "half": 2}
+BUS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+
+
+@contextlib.contextmanager
+def profiled(path):
+    """Run one step in it: torch.profiler's trace goes to `path` (open it in ui.perfetto.dev; None:
+    nowhere, on a rank that only keeps step). In it, mark loading by record_function("data") and
+    the optimizer's part by record_function("update")."""
+    from torch.profiler import profile, record_function
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")         # else it reports its start and end
+    with quiet_about("before the profiling started"):       # freed in it: none of the step's own
+        with profile(record_shapes=True, profile_memory=True) as profiler:
+            with record_function("step"):
+                yield
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+    if path is not None:
+        profiler.export_chrome_trace(str(path))
+
+
+@contextlib.contextmanager
+def quiet_about(text):
+    """What is written to stderr meanwhile, also by C++, comes at the end, without lines of this."""
+    with tempfile.TemporaryFile() as file:
+        real = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
+            file.seek(0)
+            for line in file.read().decode(errors="replace").splitlines():
+                if text not in line:
+                    print(line, file=sys.stderr)
+
+
+def union(spans):
+    """[(begin, end), ...] -> the same without overlaps, sorted."""
+    merged = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def without(spans, others):
+    """Of a union what lies in none of the others."""
+    left, others = [], union(others)
+    ends = [end for _, end in others]
+    for begin, end in spans:
+        for b, e in others[bisect.bisect(ends, begin):]:
+            if b >= end:
+                break
+            left.append((begin, b))
+            begin = e
+        left.append((begin, end))
+    return [(begin, end) for begin, end in left if begin < end]
+
+
+def seconds_of(spans):
+    return sum(end - begin for begin, end in union(spans)) / 1e6        # traces hold microseconds
+
+
+def collectives(trace, ranks=None):
+    """-> [(kind, bytes, group's size, (begin, end))], of gloo and NCCL. bytes: what all-reduce
+    sums, all-gather gives, reduce-scatter and all-to-all take. ranks: of gloo's groups; traces hold
+    the sizes of NCCL's only. None: not known."""
+    found = []
+    for event in trace["traceEvents"]:
+        name, facts, n = event.get("name", ""), event.get("args", {}), ranks
+        if event.get("cat") == "kernel" and name.startswith("nccl"):
+            kind, n = facts.get("Collective name", "unknown"), facts.get("Group size", ranks)
+            count = max(int(facts.get(f"{way} msg nelems", 0)) for way in ("In", "Out"))
+            size = count * SIZES.get(facts.get("dtype", "").lower(), 1)
+        elif event.get("cat") == "user_annotation" and name.startswith("gloo:"):
+            kind = name[5:]
+            types = [text.removeprefix("c10::").lower() for text in facts.get("Input type", [])]
+            size = sum(math.prod(shape) * SIZES.get(text, 1)
+                       for shape, text in zip(facts.get("Input Dims", []), types))
+            size *= (n or 1) if kind == "all_gather" else 1
+        else:
+            continue
+        kind = kind.strip("_").removesuffix("_base").replace("all_to_all", "alltoall")
+        kind = kind.replace("alltoall", "all_to_all").replace("allreduce", "all_reduce").replace(
+            "allgather", "all_gather")
+        found.append((kind, size, n and int(n), (event["ts"], event["ts"] + event["dur"])))
+    return found
+
+
+def traffic(trace, ranks=None):
+    """Of each kind of collective: calls, bytes, seconds in which one of them was under way (waiting
+    for the slowest rank is in it), and bus bandwidth, bytes/s; None where the group is not known.
+    """
+    kinds = {}
+    for kind, size, n, span in collectives(trace, ranks):
+        kinds.setdefault(kind, []).append((size, n, span))
+    result = {}
+    for kind, calls in sorted(kinds.items()):
+        seconds = seconds_of(span for *_, span in calls)
+        crossing = None
+        if seconds and all(n for _, n, _ in calls):
+            crossing = sum(size * (BUS[kind] * (n - 1) / n if kind in BUS else 1)
+                           for size, n, _ in calls) / seconds
+        result[kind] = {"calls": len(calls), "bytes": sum(size for size, *_ in calls),
+                        "seconds": seconds, "bus_bytes_per_s": crossing}
+    return result
+
+
+def time_split(trace):
+    """Shares of a step -> {compute, exposed_communication, data, rest}, their sum is 1, and
+    communication, also what is hidden behind computing. On a GPU compute is its kernels' time; on a
+    CPU that of torch's operations (what is between them, Python, is in the rest)."""
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+
+    def spans(keep):
+        return union((e["ts"], e["ts"] + e["dur"]) for e in events if keep(e.get("cat"), e["name"]))
+
+    step = spans(lambda kind, name: kind == "user_annotation" and name == "step")
+    data = spans(lambda kind, name: kind == "user_annotation" and name == "data")
+    busy = spans(lambda kind, name: kind in ("kernel", "gpu_memcpy", "gpu_memset")
+                 and not name.startswith("nccl"))
+    if not busy:
+        busy = without(spans(lambda kind, name: kind == "cpu_op" and name.startswith("aten::")),
+                       data)
+    if not step:                                            # somebody else's trace: all of it
+        step = [(min(e["ts"] for e in events), max(e["ts"] + e["dur"] for e in events))]
+    outside = without([(-math.inf, math.inf)], step)
+    busy = without(busy, outside)
+    sending = without(union(span for *_, span in collectives(trace)), outside)
+    exposed = without(sending, busy)
+    loading = without(without(data, outside), busy + sending)
+    whole = seconds_of(step)
+    shares = {"compute": seconds_of(busy) / whole,
+              "exposed_communication": seconds_of(exposed) / whole,
+              "data": seconds_of(loading) / whole}
+    return {**shares, "rest": 1 - sum(shares.values()),
+            "communication": seconds_of(sending) / whole}
+
+
+def activation_bytes(trace):
+    """Most bytes at once of what a step makes and frees before its gradients are used: what forward
+    keeps for backward, and what either needs for a moment. On the GPU, if there is one."""
+    events = [e for e in trace["traceEvents"] if e.get("name") == "[memory]"]
+    device = max((e["args"]["Device Type"] for e in events), default=0)
+    until = min((e["ts"] for e in trace["traceEvents"] if e.get("name") == "update"),
+                default=math.inf)
+    events = sorted((e for e in events if e["args"]["Device Type"] == device and e["ts"] < until),
+                    key=lambda e: e["ts"])
+    made, changes = {}, [0] * len(events)
+    for i, event in enumerate(events):
+        size, address = event["args"]["Bytes"], event["args"]["Addr"]
+        if size > 0:
+            made[address] = i
+        elif address in made:                               # else it is from before the step
+            changes[made.pop(address)], changes[i] = -size, size
+    return max(itertools.accumulate(changes), default=0)    # not freed: gradients, buckets
+
+
+def report(trace, ranks=None):
+    """All of these of one step, for Meter.log()."""
+    shares = {f"{name}_share": share for name, share in time_split(trace).items()}
+    return {**shares, "activation_bytes": activation_bytes(trace),
+            "traffic": traffic(trace, ranks)}
+
+
+def held(tensors):
+    """Bytes of some tensors; a storage that several share counts once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def memory_now():
+    """Bytes: {allocated, reserved, peak} of the GPU, since the last call, by tensors, by torch for
+    tensors, and at most by tensors; without one {peak} of the process, since it began."""
+    if torch.cuda.is_available():
+        found = {"memory_allocated": torch.cuda.memory_allocated(),
+                 "memory_reserved": torch.cuda.memory_reserved(),
+                 "memory_peak": torch.cuda.max_memory_allocated()}
+        torch.cuda.reset_peak_memory_stats()
+        return found
+    import resource                                         # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"memory_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+# ------------------------------------------------------------------ what a run would need
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A decoder: heads of dim / heads, an MLP of three matrices (gated) or two, untied."""
+    """A decoder: heads of dim / heads, an MLP of three matrices (gated) or two, untied. experts: in
+    place of each MLP so many, `hidden` wide, of which a token visits top_k."""
     layers: int
     dim: int
     heads: int
@@ -74,50 +314,70 @@ class Shape:
     vocab: int
     seq_len: int
     gated: bool = True
+    experts: int = 0
+    top_k: int = 2
+
+    def parts(self):
+        """Elements of the matrices of a block: attention and router; an MLP or expert."""
+        attention = round(2 * self.dim * self.dim * (1 + self.kv_heads / self.heads))
+        return (attention + self.dim * self.experts,
+                (3 if self.gated else 2) * self.dim * self.hidden)
 
     def block(self):
-        """Elements of the matrices of a block."""
-        attention = 2 * self.dim * self.dim * (1 + self.kv_heads / self.heads)
-        return round(attention) + (3 if self.gated else 2) * self.dim * self.hidden
+        attention, mlp = self.parts()
+        return attention + mlp * max(1, self.experts)
 
     def parameters(self):
         return self.layers * self.block() + 2 * self.vocab * self.dim
 
     def flops(self):
         """Of a token, forward and backward."""
-        matrices = self.layers * self.block() + self.vocab * self.dim
+        attention, mlp = self.parts()
+        at_work = attention + mlp * (self.top_k if self.experts else 1)
+        matrices = self.layers * at_work + self.vocab * self.dim
         return 6 * matrices + 12 * self.layers * self.seq_len * self.dim
 
     def activations(self, tp=1, sequence_parallel=True):
         """Numbers that a block keeps for backward, of a token, on a rank; scores by tiles (flash):
-        inputs of norms and matrices, twice; q, k, v, o; four of the MLP (gate, up, their parts)."""
+        inputs of norms and matrices, twice; q, k, v, o; four of the MLP (gate, up, their parts);
+        with experts top_k times those, and their inputs and outputs."""
         wide, kv = self.dim, self.dim * self.kv_heads // self.heads
-        split = 2 * wide + 2 * kv + (4 if self.gated else 2) * self.hidden
+        mlp = (4 if self.gated else 2) * self.hidden
+        split = 2 * wide + 2 * kv + (self.top_k * (mlp + 2 * wide) if self.experts else mlp)
         return split / tp + 6 * wide / (tp if sequence_parallel else 1)
 
 
 def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, recompute=False,
-         kinds=(2, 2, 12), efficiency=0.62):
+         ep=1, kinds=(2, 2, 12), efficiency=0.62):
     """What a step of `batch` sequences on dp x tp x pp GPUs needs, of the fullest rank, the first
     stage -> dict: bytes of weights, gradients, optimizer, activations, memory; send (bytes by tp,
-    by dp); bubble (idle / busy); seconds, mfu.
+    by dp, by ep); bubble (idle / busy); seconds, mfu.
 
     zero: 0 to 3. kinds: bytes of weights, gradients and optimizer state for a parameter, mixed
     precision with Adam. efficiency: of all computing; 0.62 fits Megatron's runs below. Tensor
-    parallelism, with its sequence parallelism, is not overlapped; data parallelism is, with one
-    microbatch's backward (ZeRO-3: with all). ValueError: what cannot be cut so."""
+    parallelism, with its sequence parallelism, is not overlapped, nor are experts' all-to-alls, of
+    ep ranks with other data; data parallelism is, with one microbatch's backward (ZeRO-3: with
+    all). Experts' load is even. ValueError: what cannot be cut so."""
     peak, _, near, far = CHIPS[chip]
     m, layers = batch // (dp * microbatch), shape.layers / pp
     if m < 1 or batch % (dp * microbatch) or shape.heads % tp or shape.layers % (pp * chunks):
         raise ValueError(f"{batch} sequences, {shape.heads} heads, {shape.layers} layers are not "
                          f"cut by dp={dp} x microbatch={microbatch}, tp={tp}, pp={pp} x {chunks}")
+    if dp % ep or max(1, shape.experts) % ep:
+        raise ValueError(f"ep={ep} must divide dp={dp} and {shape.experts} experts")
     T, C = shape.seq_len, shape.dim
     ends = shape.vocab * C * (2 if pp == 1 else 1) / tp
-    mine = layers * shape.block() / tp + ends
-    shared = [dp if zero >= stage else 1 for stage in (3, 2, 1)]
-    weights, gradients, optimizer = (mine * size / n for size, n in zip(kinds, shared))
+    attention, mlp = shape.parts()
+    block = [attention / tp, mlp * max(1, shape.experts) / (tp * ep)]
+    mine = layers * block[0] + ends, layers * block[1]
+    if not shape.experts:
+        mine = sum(mine), 0
+    replicas = dp, dp // ep
+    weights, gradients, optimizer = (
+        sum(part * size / (n if zero >= stage else 1) for part, n in zip(mine, replicas))
+        for size, stage in zip(kinds, (3, 2, 1)))
     if zero == 3:                               # a block is there whole while it works
-        weights += kinds[0] * shape.block() / tp
+        weights += kinds[0] * sum(block)
 
     kept = C / tp if recompute else shape.activations(tp)
     waiting = min(pp, m) * (1 + (pp - 1) / (pp * chunks) if chunks > 1 else 1)
@@ -130,26 +390,32 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
     busy = work / (peak * efficiency)
     passes = 12 if recompute else 8             # an all-reduce is 2: forward, backward, again
     by_tp = passes * (tp - 1) / tp * batch / dp * T * C * layers * kinds[0]
-    by_dp = (3 if zero == 3 else 2) * (dp - 1) / dp * mine * kinds[1] * (m if zero == 3 else 1)
+    by_dp = sum((3 if zero == 3 else 2) * (n - 1) / n * part for part, n in zip(mine, replicas))
+    by_dp *= kinds[1] * (m if zero == 3 else 1)
+    there_and_back = 6 if recompute else 4      # to the experts and from them, forward and backward
+    by_ep = there_and_back * (ep - 1) / ep * batch / dp * T * C / tp * layers * kinds[0]
+    by_ep *= shape.top_k
     sending = by_dp / (near if dp * tp <= 8 else far)
     hidden = busy if zero == 3 else 2 / 3 * busy / m
     bubble = (pp - 1) / (chunks * m)
-    seconds = (busy + by_tp / (near if tp <= 8 else far)) * (1 + bubble) + max(0, sending - hidden)
+    waits = by_tp / (near if tp <= 8 else far) + by_ep / (near if tp * ep <= 8 else far)
+    seconds = (busy + waits) * (1 + bubble) + max(0, sending - hidden)
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer,
             "activations": activations, "memory": weights + gradients + optimizer + activations,
-            "send": (by_tp, by_dp), "bubble": bubble, "seconds": seconds,
+            "send": (by_tp, by_dp, by_ep), "bubble": bubble, "seconds": seconds,
             "mfu": mfu(batch * T / seconds, shape.flops(), peak * dp * tp * pp)}
 
 
 def layouts(shape, chip, gpus, batch, room=0.9):
     """All layouts that fit in `room` of the memory, the fastest first -> [(layout, plan)]."""
     found = []
-    for tp, pp, microbatch, chunks, recompute, zero in itertools.product(
-            (1, 2, 4, 8), range(1, shape.layers + 1), (1, 2, 4, 8), (1, 2, 4), (False, True),
-            (1, 2, 3)):
+    spread = [ep for ep in range(1, shape.experts + 1) if shape.experts % ep == 0] or [1]
+    for tp, pp, ep, microbatch, chunks, recompute, zero in itertools.product(
+            (1, 2, 4, 8), range(1, shape.layers + 1), spread, (1, 2, 4, 8), (1, 2, 4),
+            (False, True), (1, 2, 3)):
         if gpus % (tp * pp) or pp > 1 and zero > 1 or pp == 1 and chunks > 1:
             continue
-        layout = dict(dp=gpus // (tp * pp), tp=tp, pp=pp, zero=zero, microbatch=microbatch,
+        layout = dict(dp=gpus // (tp * pp), tp=tp, pp=pp, ep=ep, zero=zero, microbatch=microbatch,
                       chunks=chunks, recompute=recompute)
         with contextlib.suppress(ValueError):
             needs = plan(shape, chip, batch, **layout)
@@ -165,12 +431,14 @@ class Meter:
     path    one JSON object per line; those of steps after `step` (of a run that was killed after
             its last checkpoint) and a torn last line are removed. None: this rank writes nothing
     step    where the run stands; steps: where it ends; tokens: of one step, over all ranks
-    flops   of a token; peak: FLOP/s of all ranks together, None: not known"""
+    flops   of a token, of the model; ran: with what is computed again, None: not known
+    peak    FLOP/s of all ranks together, None: not known"""
 
-    def __init__(self, path, step, steps, tokens, flops=None, peak=None):
+    def __init__(self, path, step, steps, tokens, flops=None, ran=None, peak=None):
         self.path, self.first, self.steps, self.tokens = path, step, steps, tokens
-        self.flops, self.peak = flops, peak
+        self.flops, self.ran, self.peak = flops, ran, peak
         self.began, self.seconds, self.count = time.perf_counter(), 0.0, 0
+        self.mean = math.nan
         if path is not None:
             kept = [record for record in read(path) if record["step"] <= step]
             beside = pathlib.Path(path).with_suffix(".tmp")
@@ -185,21 +453,23 @@ class Meter:
         self.count += 1
 
     def log(self, step, **values):
-        """Write `values`, the tokens up to here, and, as means since the last call, step_ms and
-        tokens_per_s
+        """Write `values`, the tokens up to here, and, as means of the steps timed since the last
+        call, step_ms, tokens_per_s, of the model's FLOPs tflops_per_s and mfu, hfu
         -> a line to print. Values must hold loss and grad_norm."""
-        seconds, self.seconds, self.count = self.seconds / self.count, 0.0, 0
-        record = {"step": step, "tokens": step * self.tokens, **values, "step_ms": 1e3 * seconds,
-                  "tokens_per_s": self.tokens / seconds}
+        if self.count:                                      # else as before: none was timed
+            self.mean, self.seconds, self.count = self.seconds / self.count, 0.0, 0
+        record = {"step": step, "tokens": step * self.tokens, **values, "step_ms": 1e3 * self.mean,
+                  "tokens_per_s": self.tokens / self.mean}
         if self.flops:
-            record["tflops_per_s"] = self.tokens / seconds * self.flops / 1e12
-        if self.flops and self.peak:
-            record["mfu"] = mfu(self.tokens / seconds, self.flops, self.peak)
+            record["tflops_per_s"] = record["tokens_per_s"] * self.flops / 1e12
+        if self.flops and self.ran:
+            record["hfu_over_mfu"] = self.ran / self.flops
+        for name, flops in (("mfu", self.flops), ("hfu", self.ran)):
+            if flops and self.peak:
+                record[name] = mfu(record["tokens_per_s"], flops, self.peak)
         if self.path is not None:
             with open(self.path, "a") as file:
-                known = {key: value if math.isfinite(value) else None       # JSON has no NaN
-                         for key, value in record.items()}
-                file.write(json.dumps(known) + "\n")
+                file.write(json.dumps(without_nan(record)) + "\n")
         text = (f"step {step:5}/{self.steps}  loss {values['loss']:.4f}  "
                 f"norm {values['grad_norm']:5.2f}  {record['tokens_per_s']:7,.0f} tokens/s")
         if "mfu" in record:
@@ -210,20 +480,56 @@ class Meter:
         return f"{text}  {int(left) // 60}:{int(left) % 60:02} left"
 
     def plot(self, path):
-        """The curves of loss and validation loss, in nats per token, as a PNG."""
+        """One page about the run, as a PNG: losses, speed, and of the last profiled step where its
+        time and its memory went."""
         from matplotlib.figure import Figure
         records = read(self.path)
-        axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+        last = [record for record in records if "compute_share" in record][-1:]
+        figure = Figure(figsize=(10, 7 if last else 3.6), layout="constrained")
+        axes = figure.subplots(1 + len(last), 2, squeeze=False)
+
+        def points(key):                                                # None: it was NaN
+            return [(r["step"], r[key]) for r in records if r.get(key) is not None]
+
+        losses, speed = axes[0]
         for key, label, style in (("loss", "training batch", "-"),
                                   ("val_loss", "validation", "o-")):
-            points = [(record["step"], record[key]) for record in records
-                      if record.get(key) is not None]                   # None: it was NaN
-            axes.plot(*zip(*points), style, label=label, markersize=4)
-        step, loss = points[-1] if points else (0, math.nan)
-        axes.set(xlabel="step", ylabel="loss (nats per predicted token)", ylim=(0, None),
-                 title=f"Validation loss {loss:.3f} nats per token after {step} steps")
-        axes.legend()
-        axes.figure.savefig(path, dpi=120)
+            losses.plot(*zip(*points(key)), style, label=label, markersize=4)
+        step, loss = (points("val_loss") or [(0, math.nan)])[-1]
+        losses.set(xlabel="step", ylabel="loss (nats per predicted token)", ylim=(0, None),
+                   title=f"Validation loss {loss:.3f} after {step} steps")
+        losses.legend()
+        speed.plot(*zip(*points("tokens_per_s")), "C2")
+        used = points("mfu")
+        speed.set(xlabel="step", ylabel="tokens per second", ylim=(0, None), title="Throughput" + (
+            f", at the end {used[-1][1]:.1%} MFU" if used else ""))
+        for record in last:
+            time_bar, memory_bar = axes[1]
+            shares = [(name.replace("_", " "), 100 * record[f"{name}_share"])
+                      for name in ("compute", "exposed_communication", "data", "rest")]
+            bars(time_bar, shares, "% of the step", "{:.0f}")
+            time_bar.set(title="Time of a profiled step, on rank 0")
+            sizes = [(f"{name}s".replace("optimizers", "optimizer state"),
+                      record[f"{name}_bytes"] / 1e6)
+                     for name in ("parameter", "gradient", "optimizer", "activation")]
+            bars(memory_bar, sizes, "MB", "{:.1f}")
+            memory_bar.set(title="Memory of rank 0 in that step, at most")
+        figure.savefig(path, dpi=100)
+
+
+def bars(axes, pairs, unit, digits):
+    for i, (name, value) in enumerate(pairs):
+        axes.barh(name, value, color=f"C{i}")
+        axes.text(value, i, " " + digits.format(value), va="center")
+    axes.invert_yaxis()
+    axes.set(xlabel=unit, xlim=(0, 1.15 * max(value for _, value in pairs)))
+
+
+def without_nan(value):
+    """JSON has none: null."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path):
@@ -297,8 +603,93 @@ def demo_planner():
           f"{one['activations'] / 1e9:.1f} -> {again['activations'] / 1e9:.1f}")
 
 
+def count_flops(shape, again):
+    """FLOPs of a sequence as torch counts them, forward and backward, without memory or numbers."""
+    with torch.device("meta"):
+        sizes = [(shape.dim, shape.dim)] * 4 + [(shape.hidden, shape.dim)] * 2
+        weights = [[torch.empty(size, requires_grad=True) for size in [*sizes, sizes[-1][::-1]]]
+                   for _ in range(shape.layers)]
+        head = torch.empty(shape.vocab, shape.dim, requires_grad=True)
+        x = torch.empty(1, shape.seq_len, shape.dim, requires_grad=True)
+
+    def model(x):
+        for q, k, v, o, gate, up, down in weights:
+            parts = [F.linear(x, w).unflatten(-1, (shape.heads, -1)).transpose(1, 2)
+                     for w in (q, k, v)]
+            mixed = F.scaled_dot_product_attention(*parts, is_causal=True)
+            x = x + F.linear(mixed.transpose(1, 2).flatten(2), o)
+            x = x + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        return F.linear(x, head)
+
+    with FlopCounterMode(display=False) as counter, set_checkpoint_early_stop(False):
+        (checkpoint(model, x, use_reentrant=False) if again else model(x)).sum().backward()
+    return counter.get_total_flops()
+
+
+def three_ways(path):
+    """On two ranks: a backward whose gradients are summed in three ways, each profiled."""
+    torch.manual_seed(dist.get_rank())
+    net = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(8)))
+    x, params, results = torch.randn(256, 512), list(net.parameters()), {}
+    for way in ("one by one", "all in one", "as each is ready"):
+        works, found, hooks = [], [], []
+        if way == "as each is ready":
+            hooks = [p.register_post_accumulate_grad_hook(
+                lambda p: works.append(dist.all_reduce(p.grad, async_op=True))) for p in params]
+        for _ in range(5):
+            trace = f"{path}/{dist.get_rank()}.json"
+            with profiled(trace):
+                net(x).square().mean().backward()
+                if way == "one by one":
+                    for p in params:
+                        dist.all_reduce(p.grad)
+                elif way == "all in one":
+                    dist.all_reduce(torch.cat([p.grad.flatten() for p in params]))
+                for work in works:
+                    work.wait()
+                with torch.profiler.record_function("update"):
+                    net.zero_grad()
+                    works.clear()
+            found.append(report(json.loads(pathlib.Path(trace).read_text()), dist.get_world_size()))
+        for hook in hooks:
+            hook.remove()
+        results[way] = sorted(found, key=lambda step: step["exposed_communication_share"])[2]
+    if dist.get_rank() == 0:
+        pathlib.Path(path, "results").write_text(json.dumps(results))
+
+
+def demo_profile():
+    """-> {way: report}"""
+    shape = Shape(2, 64, 4, 4, 256, 300, 32)
+    once, again = (count_flops(shape, how) / shape.seq_len for how in (False, True))
+    check(once == shape.flops(), "model FLOPs of a token by the formula: torch counts as many",
+          f"{once:,.0f}")
+    check(3 * again == 4 * once, "HFU / MFU with everything computed again, counted",
+          f"{again / once:.4f}")
+    with tempfile.TemporaryDirectory() as folder:
+        launch(three_ways, 2, folder)
+        results = json.loads(pathlib.Path(folder, "results").read_text())
+    print(f"\n{'8 gradients summed over 2 ranks':<32} {'calls':>5} {'MB':>6} {'GB/s':>6} "
+          f"{'share of the step':>18} {'exposed':>8}")
+    for way, step in results.items():
+        [sent] = step["traffic"].values()
+        print(f"{way:<32} {sent['calls']:>5} {sent['bytes'] / 1e6:>6.2f} "
+              f"{sent['bus_bytes_per_s'] / 1e9:>6.2f} {step['communication_share']:>18.0%} "
+              f"{step['exposed_communication_share']:>8.0%}")
+    print()
+    sent = [step["traffic"]["all_reduce"] for step in results.values()]
+    check([(kind["calls"], kind["bytes"]) for kind in sent] == [
+        (calls, 8 * 512 * 512 * 4) for calls in (8, 1, 8)], "calls and bytes, from the traces",
+        "as called: 8, 1, 8; all of 8 x 512 x 512 x 4")
+    exposed = [step["exposed_communication_share"] for step in results.values()]
+    check(exposed[2] < exposed[0], "sent while backward goes on, less of it is exposed",
+          f"{exposed[0]:.0%} -> {exposed[2]:.0%} of the step")
+    return results
+
+
 def demo():
     demo_planner()
+    results = demo_profile()
     source = pathlib.Path(sysconfig.get_path("stdlib"), "argparse.py").read_bytes()
     nats = surprise(source, 1)
     right = scores(sum(nats) / len(nats))
@@ -341,15 +732,16 @@ def demo():
         steps = [record["step"] for record in read(log)]
         check(steps == [2, 4] and log.read_text().endswith("}\n"),
               "resumed at step 4, the log has the steps up to there", f"{steps}")
-    draw(sizes, wrong, right["ppl"])
+    draw(sizes, wrong, right["ppl"], results)
 
 
-def draw(sizes, wrong, right):
+def draw(sizes, wrong, right, results):
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
-    axes = Figure(figsize=(7, 3.2), layout="constrained").subplots()
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes, split = figure.subplots(1, 2)
     axes.plot(sizes, wrong, "o-", color="C1", label="mean of the batches' perplexities")
     axes.axhline(right, color="C0", label=f"perplexity: exp(mean nats) = {right:.1f}")
     axes.set(xscale="log", xticks=sizes, xticklabels=sizes, ylim=(0, None), ylabel="perplexity",
@@ -357,9 +749,18 @@ def draw(sizes, wrong, right):
              title="A mean of perplexities depends on the size of the batches")
     axes.minorticks_off()
     axes.legend()
+    begin = [0.0] * len(results)
+    for name, colour in (("compute", "C0"), ("exposed_communication", "C3"), ("rest", "0.8")):
+        shares = [100 * step[f"{name}_share"] for step in results.values()]
+        split.barh(list(results), shares, left=begin, color=colour, label=name.replace("_", " "))
+        begin = [b + share for b, share in zip(begin, shares)]
+    split.invert_yaxis()
+    split.set(xlabel="% of a step (two processes, two cores)", xlim=(0, 100),
+              title="Gradients summed in three ways: what of it is exposed")
+    split.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, -0.42), frameon=False)
     path = pathlib.Path(__file__).parent / "figures" / "metrics.png"
     path.parent.mkdir(exist_ok=True)
-    axes.figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 def main(argv):
@@ -368,23 +769,46 @@ def main(argv):
     parser.add_argument("--chip", choices=tuple(CHIPS), default="H100")
     for name, default in (("gpus", 64), ("layers", 32), ("dim", 4096), ("heads", 32),
                           ("kv-heads", 8), ("hidden", 14336), ("vocab", 128256),
-                          ("seq-len", 8192), ("batch", 128)):
+                          ("seq-len", 8192), ("experts", 0), ("top-k", 2), ("batch", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--trace", help="what a trace of torch.profiler (.json, .json.gz) holds")
+    parser.add_argument("--ranks", type=int, help="in that trace, of gloo's groups")
     args = parser.parse_args(argv)
+    if args.trace:
+        return print_trace(args.trace, args.ranks)
     if not args.plan:
         return demo()
     shape = Shape(args.layers, args.dim, args.heads, args.kv_heads, args.hidden, args.vocab,
-                  args.seq_len)
+                  args.seq_len, experts=args.experts, top_k=args.top_k)
     found = layouts(shape, args.chip, args.gpus, args.batch)
     print(f"{shape.parameters() / 1e9:.2f} G parameters, {args.batch} sequences of {args.seq_len} "
-          f"a step on {args.gpus} {args.chip}: {len(found)} layouts fit\n"
-          f"{'dp':>4} {'tp':>3} {'pp':>3} {'chunks':>6} {'zero':>4} {'rows':>4} {'again':>5} "
-          f"{'GB':>6} {'bubble':>7} {'seconds':>8} {'MFU':>6}")
-    for layout, needs in found[:12]:
-        print(f"{layout['dp']:>4} {layout['tp']:>3} {layout['pp']:>3} {layout['chunks']:>6} "
-              f"{layout['zero']:>4} {layout['microbatch']:>4} "
-              f"{'all' if layout['recompute'] else 'none':>5} {needs['memory'] / 1e9:>6.1f} "
+          f"a step on {args.gpus} {args.chip}: {len(found)} layouts fit")
+    print_plans(found[:12])
+
+
+def print_plans(found):
+    print(f"{'dp':>4} {'tp':>3} {'pp':>3} {'ep':>3} {'chunks':>6} {'zero':>4} {'rows':>4} "
+          f"{'again':>5} {'GB':>6} {'GB sent by tp':>13} {'dp':>6} {'ep':>6} {'bubble':>7} "
+          f"{'seconds':>8} {'MFU':>6}")
+    for layout, needs in found:
+        sent = "{:>13.1f} {:>6.1f} {:>6.1f}".format(*(size / 1e9 for size in needs["send"]))
+        print(f"{layout['dp']:>4} {layout['tp']:>3} {layout['pp']:>3} {layout['ep']:>3} "
+              f"{layout['chunks']:>6} {layout['zero']:>4} {layout['microbatch']:>4} "
+              f"{'all' if layout['recompute'] else 'none':>5} {needs['memory'] / 1e9:>6.1f} {sent} "
               f"{needs['bubble']:>7.1%} {needs['seconds']:>8.2f} {needs['mfu']:>6.1%}")
+
+
+def print_trace(path, ranks):
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt") as file:
+        trace = json.load(file)
+    for name, share in time_split(trace).items():
+        print(f"{name.replace('_', ' '):<22} {share:6.1%} of the step")
+    print(f"{'made and freed, at most':<22} {activation_bytes(trace) / 1e6:.1f} MB")
+    for kind, seen in traffic(trace, ranks).items():
+        bandwidth = seen["bus_bytes_per_s"]
+        print(f"{kind:<22} {seen['calls']} calls, {seen['bytes'] / 1e6:.2f} MB in "
+              f"{1e3 * seen['seconds']:.2f} ms, bus bandwidth "
+              + (f"{bandwidth / 1e9:.2f} GB/s" if bandwidth else "not known"))
 
 
 if __name__ == "__main__":

@@ -42,26 +42,29 @@ import zlib
 
 import torch
 import torch.distributed as dist
+from torch.autograd.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
 
 import peft
 import resume
 from amp import DynamicLossScaler, autocast, bf16_is_native, convert_to_float8
 from data import MASK, Windows, examples, standard_library, text_file
 from ddp import DDP
-from metrics import Meter, peak_flops, scores
+from metrics import (CHIPS, Meter, Shape, held, memory_now, peak_flops, plan, print_plans, profiled,
+                     report, scores)
 from model import GPT, Config, config_of, hf_name
 from muon import Muon
 from pp import NAMES, Pipeline, schedule
 from sft import Bytes, Pairs, pairs_file, tokenizer_of
 from tp import (cuts, grad_norm, part_like, sum_replicated_grads, tp_size, unshard,
                 vocab_parallel_cross_entropy)
-from zero import Zero
+from zero import Zero, held as held_by_zero
 
 EXPERTS = "experts", "top_k", "shared_experts", "expert_hidden", "moe_every", "balance"
 SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "dropout", "seed",
          *EXPERTS)
 LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "pp", "schedule", "chunks", "ep", "device",
-          "out", "resume", "timeout")                                   # not resumed
+          "out", "resume", "timeout", "plan", "profile_every")          # not resumed
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
@@ -218,7 +221,8 @@ class Trainer:
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
         self.meter = Meter(self.log if self.rank == 0 else None, self.step, args.steps,
-                           args.batch_size * args.seq_len, config.flops(), self.peak())
+                           args.batch_size * args.seq_len, config.flops(), self.flops_that_run(),
+                           self.peak())
         count, at_work = self.count_parameters()
         say(f"model  {count:,.0f} parameters: {args.layers} layers, C={args.dim}, H={args.heads}, "
             f"T={args.seq_len}; {self.world} x {args.device}")
@@ -268,6 +272,21 @@ class Trainer:
             routed = name.endswith(("mlp.gate_up", "mlp.down"))
             at_work += size * self.args.top_k // self.args.experts if routed else size
         return [count * self.args.pp / self.world for count in self.sum_over_ranks(total, at_work)]
+
+    def flops_that_run(self):
+        """Of a token, with what backward computes again, as torch counts them on a model without
+        memory. None: it can't, for experts."""
+        config, blocks = self.model.config, [None] * self.world
+        dist.all_gather_object(blocks, self.model.recompute)
+        blocks = {i: how for some in blocks for i, how in some.items()}
+        if not blocks or self.args.experts:
+            return None if blocks else config.flops()
+        with torch.device("meta"):
+            model, tokens = GPT(config), torch.zeros(1, config.seq_len, dtype=torch.long)
+            model.recompute = blocks
+            with FlopCounterMode(display=False) as counter:
+                model(tokens, tokens)[1].backward()
+        return counter.get_total_flops() / config.seq_len
 
     def peak(self):
         """FLOP/s of all ranks together, or None if nobody knows: no MFU then."""
@@ -360,9 +379,10 @@ class Trainer:
         return nats / targets
 
     def examples(self, windows, numbers):
-        if isinstance(windows, Pairs):
-            return windows.examples(numbers)
-        return examples(windows, numbers, self.args.objective)
+        with record_function("data"):
+            if isinstance(windows, Pairs):
+                return windows.examples(numbers)
+            return examples(windows, numbers, self.args.objective)
 
     def weight(self, targets):
         """Of a part's mean loss: its number of targets / that of an average part of the step."""
@@ -440,12 +460,22 @@ class Trainer:
     def train(self):
         """Step until --steps, or until self.stop on some rank; every so often a log line, a
         validation, a checkpoint. -> Did it get to --steps?"""
-        args, stopping = self.args, False
+        args, stopping, spent = self.args, False, {}
+        trace = self.out / "trace.json" if self.rank == 0 else None
         while self.step < args.steps and not stopping:
-            with self.meter.timing():
+            look = args.profile_every and self.step % args.profile_every == min(
+                9, args.profile_every - 1)                  # the tenth step, and so on
+            with profiled(trace) if look else self.meter.timing():
                 with self.region():
                     loss = self.backward()
-                norm = self.update()
+                if look:
+                    spent = self.memory_split()
+                with record_function("update"):
+                    norm = self.update()
+            if look and self.rank == 0:
+                widest = max(self.dp, args.tp, args.pp)     # else groups are of several sizes
+                spent |= report(json.loads(trace.read_text()),
+                                self.world if widest == self.world and args.ep == 1 else None)
             stopping = bool(self.max_over_ranks(self.stop) if self.world > 1 else self.stop)
             log, check, keep = (self.step % every == 0 or self.step == args.steps
                                 for every in (args.log_every, args.eval_every, args.save_every))
@@ -460,6 +490,8 @@ class Trainer:
                 values["loss_scale"] = self.scale
             if args.experts:
                 values["busiest"] = self.max_over_ranks(self.busiest)
+            if log:
+                values, spent = values | memory_now() | spent, {}
             if check:
                 score = nats = self.evaluate(100)
                 if self.step == args.steps:
@@ -478,6 +510,18 @@ class Trainer:
             say(line)
         self.saver.wait()
         return self.step == args.steps
+
+    def memory_split(self):
+        """Bytes of this rank, between backward and update."""
+        if self.zero:
+            sizes = held_by_zero(self.zero)
+        else:
+            params = list(self.model.parameters())
+            states = [t for optimizer, _ in self.optimizers for entries in optimizer.state.values()
+                      for t in entries.values()]
+            sizes = [held(params), held([p.grad for p in params if p.grad is not None]),
+                     held(states)]
+        return dict(zip(("parameter_bytes", "gradient_bytes", "optimizer_bytes"), sizes))
 
     def stop_at_nan(self, loss, norm):
         """Loss and norm are the same on all ranks. A scaler skips such steps, and knows an end."""
@@ -659,6 +703,10 @@ def parse(argv):
     add("--timeout", type=int, default=600, help="seconds that a process waits for another")
     add("--eval-every", type=int, default=250, help="steps between validations")
     add("--log-every", type=int, default=50, help="steps between log lines")
+    add("--profile-every", type=int, default=500, help="steps between profiled ones, from the "
+        "tenth on: trace.json, and where time and memory went; 0: none")
+    add("--plan", choices=tuple(CHIPS), help="do not train: print memory, traffic and time of this "
+        "run, if each process had such a GPU")
     args = parser.parse_args(argv)
     if args.resume:                                     # the run's own settings are the defaults
         if not resume.saved(args.out):
@@ -700,6 +748,30 @@ def parse(argv):
     if args.pp > 1 and args.zero > 1:
         raise ValueError("--pp goes with --zero 0 or 1: 2 and 3 send in every microbatch")
     return args
+
+
+def print_plan(args):
+    """What metrics.py's planner expects of this run. ValueError: it does not know such models."""
+    config = Config(vocab_size=256, **{name: getattr(args, name) for name in SHAPE})
+    if args.init:
+        config = folder_config(args.init, args.seq_len, 0)
+    if args.peft or config.shared_experts or config.moe_every > 1:
+        raise ValueError("--plan goes without --peft, --shared-experts and --moe-every")
+    shape = Shape(config.layers, config.dim, config.heads, config.kv_heads,
+                  config.expert_hidden if config.experts else config.hidden, config.vocab_size,
+                  config.seq_len, config.mlp == "swiglu", config.experts, config.top_k)
+    dp = args.nproc // (args.tp * args.pp)
+    if dp * args.tp * args.pp != args.nproc:
+        raise ValueError(f"--nproc {args.nproc} is no multiple of --tp {args.tp} x --pp {args.pp}")
+    low = args.zero and LOW[args.dtype]         # the others keep weights and gradients in fp32
+    rows = args.batch_size // (dp * (args.microbatches or default_microbatches(args, dp)))
+    layout = dict(dp=dp, tp=args.tp, pp=args.pp, ep=args.ep, zero=args.zero, chunks=args.chunks,
+                  microbatch=max(1, rows), recompute=args.recompute == "full")
+    needs = plan(shape, args.plan, args.batch_size, kinds=(2, 2, 12) if low else (4, 4, 8),
+                 **layout)
+    print(f"{shape.parameters():,} parameters in matrices, {args.nproc} x {args.plan}, a step of "
+          f"{args.batch_size} x {args.seq_len} tokens")
+    print_plans([(layout, needs)])
 
 
 def last_settings(out):
@@ -758,6 +830,8 @@ def start_ranks(args, argv):
 def main(argv):
     try:
         args = parse(argv)
+        if args.plan:
+            return print_plan(args)
         if dist.is_torchelastic_launched():
             # gloo, and nccl where there is CUDA
             dist.init_process_group(timeout=datetime.timedelta(seconds=args.timeout))
