@@ -25,7 +25,8 @@ Cost     a JSON line per logged step. The clock runs only inside timing(): valid
          (float(loss)) before log(), so that the GPU has done what was asked of it. A profiled step
          takes longer (here, on a CPU, up to a third), so its seconds are not counted there
 Paper    Jelinek et al. 1977, Perplexity; Gao et al. 2020, The Pile (bits per byte); Chowdhery et
-         al. 2022, PaLM, appendix B (MFU, HFU); Korthikanti et al. 2022 (memory, times of Megatron)
+         al. 2022, PaLM, appendix B (MFU, HFU); Korthikanti et al. 2022 (memory, times of Megatron);
+         nccl-tests, PERFORMANCE.md (bus bandwidth)
 Run      python metrics.py             claims, figures/metrics.png; about 15 s
 Left out of plan(): context parallelism, tied weights. Without a GPU: memory in use by torch alone
 """
@@ -93,9 +94,11 @@ def scores(nats, tokens_per_byte=1.0):
 
 
 # Peak FLOP/s in bf16 (dense), bytes of memory, bytes/s to a GPU of the same node (8 GPUs) and of
-# another, one direction: the makers' data sheets; 400 Gb/s (A100: 200 Gb/s) of network a GPU.
-CHIPS = {"A100": (312e12, 80e9, 300e9, 25e9), "H100": (989e12, 80e9, 450e9, 50e9),
-         "H200": (989e12, 141e9, 450e9, 50e9), "B200": (2250e12, 180e9, 900e9, 50e9)}
+# another, one direction: the makers' data sheets; 400 Gb/s (A100: 200 Gb/s) of network a GPU. Last,
+# which share of the peak all computing reaches: for A100 what fits Megatron's four runs below, for
+# H100 Llama 3's on 8192 of them; for the others H100's, a guess.
+CHIPS = {"A100": (312e12, 80e9, 300e9, 25e9, 0.62), "H100": (989e12, 80e9, 450e9, 50e9, 0.51),
+         "H200": (989e12, 141e9, 450e9, 50e9, 0.51), "B200": (2250e12, 180e9, 900e9, 50e9, 0.51)}
 
 
 def peak_flops(name):
@@ -348,17 +351,17 @@ class Shape:
 
 
 def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, recompute=False,
-         ep=1, kinds=(2, 2, 12), efficiency=0.62):
+         ep=1, kinds=(2, 2, 12)):
     """What a step of `batch` sequences on dp x tp x pp GPUs needs, of the fullest rank, the first
     stage -> dict: bytes of weights, gradients, optimizer, activations, memory; send (bytes by tp,
     by dp, by ep); bubble (idle / busy); seconds, mfu.
 
     zero: 0 to 3. kinds: bytes of weights, gradients and optimizer state for a parameter, mixed
-    precision with Adam. efficiency: of all computing; 0.62 fits Megatron's runs below. Tensor
-    parallelism, with its sequence parallelism, is not overlapped, nor are experts' all-to-alls, of
-    ep ranks with other data; data parallelism is, with one microbatch's backward (ZeRO-3: with
-    all). Experts' load is even. ValueError: what cannot be cut so."""
-    peak, _, near, far = CHIPS[chip]
+    precision with Adam. Tensor parallelism, with its sequence parallelism, is not overlapped, nor
+    are experts' all-to-alls, of ep ranks with other data; data parallelism is, with one
+    microbatch's backward (ZeRO-3: with all). Experts' load is even. ValueError: what cannot be cut
+    so."""
+    peak, _, near, far, efficiency = CHIPS[chip]
     m, layers = batch // (dp * microbatch), shape.layers / pp
     if m < 1 or batch % (dp * microbatch) or shape.heads % tp or shape.layers % (pp * chunks):
         raise ValueError(f"{batch} sequences, {shape.heads} heads, {shape.layers} layers are not "
@@ -573,6 +576,19 @@ MEGATRON = {
            dict(tp=8, pp=64), 71.49, 0.563)}
 
 
+def llama3():
+    """Grattafiori et al. 2024, table 4: {GPUs: (planned MFU, published)}. tp 8, pp 16; a step of
+    16.8 M tokens. 126 layers: the embedding and the head take a layer's place each. Chunks of one
+    layer are our assumption. Memory does not fit: planned 115 GB; their schedule must keep less."""
+    slots, model = (Shape(layers, 16384, 128, 8, 53248, 128256, 8192) for layers in (128, 126))
+    found = {}
+    for gpus, published in ((8192, 0.43), (16384, 0.41)):
+        needs = plan(slots, "H100", 2048, dp=gpus // 128, tp=8, pp=16, chunks=8)
+        found[gpus] = mfu(2048 * 8192 / needs["seconds"], model.flops(),
+                          gpus * CHIPS["H100"][0]), published
+    return found
+
+
 def demo_planner():
     # PaLM appendix B: 6144 TPU v4 of 275 TFLOP/s; 118 layers, 48 heads of 256, sequences of 2048.
     palm = 6 * 540.35e9 + 12 * 118 * 48 * 256 * 2048
@@ -597,6 +613,10 @@ def demo_planner():
     print()
     check(worst < 0.25, "planned seconds against published ones, worst of four",
           f"{worst:.0%} off")
+    for gpus, (planned, published) in llama3().items():
+        check(abs(planned - published) < 0.01,
+              f"Llama 3 405B on {gpus} H100, 8 x {gpus // 128} x 16: planned MFU",
+              f"{planned:.1%} (paper: {published:.0%})")
     one, again = (plan(MEGATRON["175B"][0], "A100", 64, tp=8, pp=8, recompute=how)
                   for how in (False, True))
     check(again["activations"] < one["activations"] / 8, "recomputation: activations, in GB",
@@ -782,7 +802,8 @@ def main(argv):
                   args.seq_len, experts=args.experts, top_k=args.top_k)
     found = layouts(shape, args.chip, args.gpus, args.batch)
     print(f"{shape.parameters() / 1e9:.2f} G parameters, {args.batch} sequences of {args.seq_len} "
-          f"a step on {args.gpus} {args.chip}: {len(found)} layouts fit")
+          f"a step on {args.gpus} {args.chip}, computing at {CHIPS[args.chip][4]:.0%} of the peak: "
+          f"{len(found)} layouts fit")
     print_plans(found[:12])
 
 

@@ -770,7 +770,8 @@ def print_plan(args):
     needs = plan(shape, args.plan, args.batch_size, kinds=(2, 2, 12) if low else (4, 4, 8),
                  **layout)
     print(f"{shape.parameters():,} parameters in matrices, {args.nproc} x {args.plan}, a step of "
-          f"{args.batch_size} x {args.seq_len} tokens")
+          f"{args.batch_size} x {args.seq_len} tokens, computing at {CHIPS[args.plan][4]:.0%} of "
+          f"the peak")
     print_plans([(layout, needs)])
 
 
