@@ -8498,6 +8498,7 @@ LONGEST = {"model": 790, "train": 895, "resume": 420, "metrics": 890, "checkpoin
            "zero": 605, "tp": 570, "pp": 800, "amp": 910, "ddp": 310, "moe": 565, "peft": 920,
            "sft": 340}                                                  # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
+SLOW_DEMOS = {"peft", "amp", "checkpoint", "pp", "moe", "zero"}         # 20 to 50 seconds each
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()
 
@@ -8526,8 +8527,8 @@ def test_house_lines_of_the_tests_are_as_short():
     assert [i + 1 for i, line in enumerate(lines) if len(line) > 100] == []
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in ("pp", "moe", "zero") else name
-                                  for name in sorted(PARTS)])          # 20 seconds each
+@pytest.mark.parametrize("name", [slow(name) if name in SLOW_DEMOS else name
+                                  for name in sorted(PARTS)])
 def test_house_a_file_copied_alone_proves_its_claims_and_draws_its_figure(name, tmp_path, demos):
     if name == "flash_triton" and flash_triton is None:
         pytest.skip("Triton is missing")
