@@ -79,7 +79,7 @@ torch.set_num_threads(1)                # the other core is for the demos: see d
 
 def slow(value):
     """A case that only `pytest test_all.py -m slow` runs, so that the rest takes 5 minutes."""
-    return pytest.param(value, marks=pytest.mark.slow)
+    return pytest.param(*(value if isinstance(value, tuple) else [value]), marks=pytest.mark.slow)
 
 
 def mutant(name, line, broken):
@@ -1070,6 +1070,7 @@ def test_triton_kernels_equal_dense_attention_on_ragged_and_grouped_shapes():
     check_triton_equals_dense(flash_triton)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_kernels_take_head_dims_that_are_no_power_of_two():
     for D in (4, 24, 40):
@@ -1088,7 +1089,7 @@ def test_triton_kernels_take_head_dims_that_are_no_power_of_two():
     ("delta", "zero - delta_t", "zero"),
     ("heads of a group", "for n in tl.range(count * group if", "for n in tl.range(count if"),
     ("ln 2", "scale * 0.6931471805599453", "scale"),
-    ("lse without keys", 'tl.where(l == 0, float("inf"), (m', 'tl.where(l < 0, 0.0, (m'),
+    slow(("lse without keys", 'tl.where(l == 0, float("inf"), (m', 'tl.where(l < 0, 0.0, (m')),
     ("full tiles", "(Tk, i + shift + 1)) // cols * cols", "(Tk, i + rows + shift)) // cols * cols"),
     ("scale", "exp2(tl.fma(s, scale, -m_new))", "exp2(s - m_new)"),
 ])
@@ -1120,7 +1121,7 @@ def test_triton_half_precision_errs_no_more_than_sdpa():
 
 
 @needs_triton
-@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("D", [64, slow(128), slow(256)])
 def test_triton_kernels_are_right_with_the_tiles_of_the_gpu(D, monkeypatch):
     monkeypatch.setattr(flash_triton, "tiling", lambda q, backward: flash_triton.TILES[D][backward])
     shapes = [(2, 1, 150, 150), (1, 1, 65, 140), (1, 1, 140, 65), (1, 1, 1, 130)]
@@ -1203,6 +1204,7 @@ def test_triton_stays_finite_with_logits_of_a_thousand_and_rows_without_keys():
         assert (o[:, :, :Tq - Tk] == 0).all() and (grads[0][:, :, :Tq - Tk] == 0).all()
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_is_one_node_under_torch_compile_and_a_sound_operator():
     qkv = triton_inputs(4, 2, 37, 37)
@@ -2336,6 +2338,7 @@ def _zero_go_on(state, stage, optimizer, kwargs):
     return model.full_state_dict()
 
 
+@pytest.mark.slow
 def test_zero_states_move_between_stages_and_numbers_of_ranks(ranks):
     for optimizer, kwargs in ZERO_OPTIMIZERS[1:3]:
         net, _ = zero_reference(getattr(torch.optim, optimizer), 3, 12, **kwargs)
@@ -3871,6 +3874,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_pp_a_rank_killed_in_the_middle_of_a_schedule_ends_the_job_in_seconds(tmp_path):
     (tmp_path / "job.py").write_text(PP_JOB)
     began = time.monotonic()
@@ -7357,37 +7361,40 @@ def test_train_a_run_of_two_ranks_resumes_on_one(ranks, corpus, tmp_path):
     assert max(abs(a[0] - b[0]) for a, b in zip(got, want, strict=True)) < 1e-5
 
 
-def test_train_zero_tp_and_pp_equal_replication_and_resume_in_any_layout(ranks, corpus, tmp_path):
-    argv = [*TINY, "--data", corpus, "--steps", "4", "--save-every", "2", "--eval-every", "2",
-            "--optimizer", "adamw", "--layers", "4"]
+SP = "--tp 2 --sequence-parallel"
+LAYOUTS = "--steps 4 --save-every 2 --eval-every 2 --optimizer adamw --layers 4".split()
+
+
+@pytest.mark.parametrize("first, later", [                      # a run, and those that resume it
+    slow(("2 --zero 1", ["3 --zero 3"])), ("3 --zero 3", ["1 --zero 0", "2 --tp 2"]),
+    slow(("2 --zero 2 --microbatches 3", ["2 " + SP])),
+    slow(("2 --tp 2", ["1 --tp 1", "2 --zero 3"])),
+    ("4 --microbatches 3 " + SP, ["2 --tp 2", "3 --pp 3"]),
+    ("4 --pp 2 --zero 1", ["1 --pp 1", "2 --zero 3"]),
+    slow(("2 --pp 2 --schedule interleaved", ["4 --pp 2 " + SP]))], ids=str)
+def test_train_zero_tp_and_pp_equal_replication_and_resume_in_any_layout(ranks, corpus, tmp_path,
+                                                                         first, later):
+    argv = [*TINY, *LAYOUTS, "--data", corpus]
     want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "one")])[0]
-
-    def check_same(got, what):
-        for a, b in zip(got, want, strict=True):
-            for x, y in zip(a, b):
-                assert x == y or abs(x - y) <= 1e-5 * max(1, abs(y)), (what, a, b)
-
-    sp = ("--tp", "2", "--sequence-parallel")
-    for i, ((n, *layout), *later) in enumerate((                # a run, and those that resume it
-            ((2, "--zero", "1"), (3, "--zero", "3")),
-            ((3, "--zero", "3"), (1, "--zero", "0"), (2, "--tp", "2")),
-            ((2, "--zero", "2", "--microbatches", "3"), (2, *sp)),
-            ((2, "--tp", "2"), (1, "--tp", "1"), (2, "--zero", "3")),
-            ((4, *sp, "--microbatches", "3"), (2, "--tp", "2"), (3, "--pp", "3")),
-            ((4, "--pp", "2", "--zero", "1"), (1, "--pp", "1"), (2, "--zero", "3")),
-            ((2, "--pp", "2", "--schedule", "interleaved"), (4, "--pp", "2", *sp)))):
-        out = str(tmp_path / f"layout_{i}")
-        check_same(ranks.run(_train, n, [*argv, *layout, "--out", out])[0], (n, layout))
-        for m, *other in later:
+    out = str(tmp_path / "run")
+    for layout in (first, *later):
+        n, *flags = layout.split()
+        if layout != first:
             shutil.rmtree(resume.saved(out)[-1])
-            parts = "4" if "--pp" in other else "1"
-            again = ["--resume", "--microbatches", parts, *other, "--out", out]
-            check_same(ranks.run(_train, m, again)[0], (n, layout, "then", m, other))
-    for layout in ("--zero", "3"), sp, ("--pp", "2"):           # the same layout: bit for bit
-        out = str(tmp_path / layout[0])
-        whole = ranks.run(_train, 2, [*argv, *layout, "--dropout", "0.1", "--out", out])[0]
-        shutil.rmtree(resume.saved(out)[-1])
-        assert ranks.run(_train, 2, ["--resume", *layout, "--out", out])[0] == whole
+            flags += ["--resume", "--microbatches", "4" if "--pp" in flags else "1"]
+        got = ranks.run(_train, int(n), [*([] if layout != first else argv), *flags, "--out", out])
+        for a, b in zip(got[0], want, strict=True):
+            for x, y in zip(a, b):
+                assert x == y or abs(x - y) <= 1e-5 * max(1, abs(y)), (first, layout, a, b)
+
+
+@pytest.mark.parametrize("layout", ["--zero 3", SP, "--pp 2"])
+def test_train_resumes_in_the_same_layout_bit_for_bit(ranks, corpus, tmp_path, layout):
+    argv = [*TINY, *LAYOUTS, "--data", corpus, "--dropout", "0.1"]
+    layout = [*layout.split(), "--out", str(tmp_path / "run")]
+    whole = ranks.run(_train, 2, [*argv, *layout])[0]
+    shutil.rmtree(resume.saved(tmp_path / "run")[-1])
+    assert ranks.run(_train, 2, ["--resume", *layout])[0] == whole
 
 
 def _train_experts(argv):
@@ -7617,6 +7624,7 @@ def spoken(folder, kind="Llama", **changes):
     return folder
 
 
+@pytest.mark.slow
 def test_train_tied_models_and_experts_of_transformers_train_in_pipelines(ranks, corpus, tmp_path):
     tied = spoken(tmp_path / "tied", tie_word_embeddings=True)
     mixed = spoken(tmp_path / "mixed", "Mixtral", num_local_experts=4, num_experts_per_tok=2)
@@ -7894,6 +7902,7 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         assert everything_in(tmp_path) == before, argv
 
 
+@pytest.mark.slow
 def test_train_bad_input_under_nproc_gives_one_error_line_too(tmp_path):
     run = command("--nproc", "2", "--batch-size", "15", "--out", str(tmp_path / "new"))
     assert run.returncode == 2 and not (tmp_path / "new").exists()
@@ -8498,7 +8507,7 @@ LONGEST = {"model": 790, "train": 895, "resume": 420, "metrics": 890, "checkpoin
            "zero": 605, "tp": 570, "pp": 800, "amp": 910, "ddp": 310, "moe": 565, "peft": 920,
            "sft": 340}                                                  # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
-SLOW_DEMOS = {"peft", "amp", "checkpoint", "pp", "moe", "zero"}         # 20 to 50 seconds each
+SLOW_DEMOS = {"peft", "amp", "checkpoint", "pp", "moe", "zero", "tp", "metrics"}    # 10 to 50 s
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
 README = (HERE / "README.md").read_text()
 
