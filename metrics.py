@@ -23,7 +23,7 @@
 Cost     a JSON line per logged step. The clock runs only inside timing(): validation, saving and
          the first step after a pause do not slow down "tokens per second". On CUDA, read a value
          (float(loss)) before log(), so that the GPU has done what was asked of it. A profiled step
-         takes longer (here, on a CPU, up to a third), so its seconds are not counted there
+         takes longer (here, on a CPU, up to a half), so its seconds are not counted there
 Paper    Jelinek et al. 1977, Perplexity; Gao et al. 2020, The Pile (bits per byte); Chowdhery et
          al. 2022, PaLM, appendix B (MFU, HFU); Korthikanti et al. 2022 (memory, times of Megatron);
          nccl-tests, PERFORMANCE.md (bus bandwidth)
