@@ -120,6 +120,8 @@ def _rank_loop(rank, pipe):
         try:
             store = dist.FileStore(path, world_size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            store.set(f"in{rank}", "")          # gloo fails where one leaves before all are in
+            store.wait([f"in{other}" for other in range(world_size)])
             reply = ("ok", fn(*args))
         except BaseException:
             reply = ("error", f"rank {rank}: {traceback.format_exc()}")
