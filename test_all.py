@@ -8497,6 +8497,599 @@ def test_composition_the_readme_has_the_table():
     assert composition_table() in README, composition_table()
 
 
+# ------------------------------------------------------------------ what you will hear
+#
+# Each builds, in a few lines, a wrong version that is often heard, and measures how it fails. What
+# it measures must stand in the README's row of that test: see `quoted`.
+
+@pytest.fixture
+def quoted(request):
+    """-> quoted(value, ...): the README's row of this test, under "what is so", says each number,
+    to 5 %."""
+    name = request.node.name.removeprefix("test_heard_")
+    rows = [row for row in README.split("\n") if row.startswith("|") and f"`{name}`" in row]
+    assert len(rows) == 1, f"the README has {len(rows)} rows for {name}"
+    so = rows[0].split("|")[2]
+    said = [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", so)]
+
+    def check(*values):
+        for value in values:
+            assert any(abs(value - x) <= 0.05 * abs(x) + 1e-12 for x in said), (value, so)
+    return check
+
+
+def off(got, want):
+    """|got - want| / |want|"""
+    return ((got - want).norm() / want.norm()).item()
+
+
+def test_heard_a_model_that_predicts_tokens_is_a_language_model(quoted):
+    total = {}
+    for causal in (True, False):
+        model = GPT(Config(vocab_size=4, seq_len=5, layers=2, dim=16, heads=2, causal=causal))
+        generator = seeded(1)
+        for p in model.parameters():
+            p.data = torch.randn(p.shape, generator=generator)
+        texts = torch.tensor(list(itertools.product(range(4), repeat=4)))   # all 256 of 4 tokens
+        texts = torch.cat((torch.zeros(256, 1, dtype=torch.long), texts), 1)    # after a first one
+        logp = model(texts)[0][:, :-1].double().log_softmax(-1)
+        logp = logp.gather(-1, texts[:, 1:, None]).sum((1, 2))
+        total[causal] = logp.exp().sum().item()
+    assert abs(total[True] - 1) < 1e-5
+    quoted(total[False])
+
+
+def test_heard_perplexity_is_the_mean_of_the_batches_perplexities(quoted):
+    nats = torch.tensor([2.0, 4.0])             # of two batches as long as each other
+    quoted(nats.mean().exp().item(), nats.exp().mean().item())
+
+
+def test_heard_attention_is_softmax_qk_v(quoted):       # of a decoder: without the mask
+    q, k, v = (torch.randn(1, 1, 8, 16, generator=seeded(i)) for i in range(3))
+    other = v.clone()
+    other[..., -1, :] += 1
+    moved = {causal: (flash_attn.attention_reference(q, k, v, causal)
+                      - flash_attn.attention_reference(q, k, other, causal))[0, 0, 0].abs().max()
+             for causal in (True, False)}
+    assert moved[True] == 0
+    quoted(moved[False].item())
+
+
+def test_heard_the_position_is_a_sine(quoted):
+    residual = {}
+    for columns in ("both", "sines"):
+        table = rope.sinusoidal_table(512, 64).double()
+        table = table if columns == "both" else table[:, ::2]
+        now, later = table[:-7], table[7:]      # is PE(t + 7) a linear function of PE(t)?
+        guess = now @ torch.linalg.lstsq(now, later, driver="gelsd").solution
+        residual[columns] = off(guess, later)
+    assert residual["both"] < 1e-6
+    quoted(100 * residual["sines"])
+
+
+def test_heard_a_residual_is_x_plus_sublayer(quoted):   # 48 of them, 2017 and today have a norm
+    largest = {}
+    for norm in (False, True):
+        x = torch.randn(64, 128, generator=seeded())
+        for i in range(48):
+            matrix = torch.randn(128, 128, generator=seeded(i)) / 128 ** 0.5
+            x = x + (F.layer_norm(x, (128,)) if norm else x) @ matrix
+        largest[norm] = x.square().mean().sqrt().item()
+    quoted(largest[True])
+    assert largest[False] > 1e6
+
+
+def test_heard_layer_norm_divides_by_the_deviation_of_torch_var(quoted):
+    x = torch.randn(100, 8, generator=seeded())
+    wrong = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+    right = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True, correction=0)
+    close(right, F.layer_norm(x, (8,)), 1e-4)
+    quoted(100 * off(wrong, F.layer_norm(x, (8,))))
+
+
+@pytest.fixture(scope="module")
+def finetuned():
+    """-> held-out nats {(model, text)} of peft.py's net: Python's source, then its manual."""
+    code, manual = peft.texts()
+    model = peft.Net()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, scratch = peft.Net(), peft.Net()
+    peft.train(model, code, 1e-2, 250)
+    found = {("before", "code"): peft.held_out(model, code)}
+    for name, net in (("after", model), ("scratch", scratch)):
+        peft.train(net.train(), manual, 1e-2, 60)
+        found[name, "manual"] = peft.held_out(net, manual)
+    found["after", "code"] = peft.held_out(model, code)
+    return found
+
+
+def test_heard_fine_tuning_makes_a_model_better(finetuned, quoted):
+    quoted(*finetuned.values())
+    assert finetuned["after", "code"] > finetuned["before", "code"] + 0.1       # it forgets
+    assert finetuned["after", "manual"] < finetuned["scratch", "manual"] - 0.1  # but knows more
+
+
+def test_heard_mfu_counts_the_flops_that_run(quoted):
+    shape = metrics.Shape(2, 64, 4, 4, 256, 300, 32)
+    once, again = (metrics.count_flops(shape, how) for how in (False, True))
+    quoted(again / once)
+
+
+def test_heard_accumulation_shrinks_activations():      # no: the smaller microbatch does
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)), torch.ones(8, 64)
+    alone = checkpoint.saved_bytes(net, x)
+    net(x).sum().backward()                     # the first of two microbatches
+    assert checkpoint.saved_bytes(net, x) == alone
+    assert sum(p.grad.nbytes for p in net.parameters()) == sum(p.nbytes for p in net.parameters())
+
+
+class PlainColumn(torch.autograd.Function):
+    """A column-parallel product as it is often written: nothing happens in backward."""
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        return dy @ w, dy.T @ x
+
+
+class Summed(torch.autograd.Function):
+    """g of Megatron: summed in forward, as it is in backward."""
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+def _heard_on_two_ranks():
+    rank, n, found = dist.get_rank(), 2, {}
+    # tensor parallel: two matrices, cut in the middle, behind a layer that all ranks hold
+    x, first = torch.randn(16, 32, generator=seeded(0)), torch.randn(32, 32, generator=seeded(1))
+    up, down = (torch.randn(32, 32, generator=seeded(i)) / 6 for i in (2, 3))
+    whole = [t.clone().requires_grad_() for t in (first, up, down)]
+    F.gelu(x @ whole[0] @ whole[1].T).matmul(whole[2].T).square().sum().backward()
+    mine = [t.clone().requires_grad_() for t in
+            (first, up.chunk(n)[rank], down.chunk(n, 1)[rank])]
+    y = Summed.apply(F.gelu(PlainColumn.apply(x @ mine[0], mine[1])) @ mine[2].T)
+    y.square().sum().backward()
+    close(mine[2].grad, whole[2].grad.chunk(n, 1)[rank], 1e-2, "the last layer's is right")
+    found["without f"] = off(mine[0].grad, whole[0].grad)
+    for t in mine:
+        t.grad = None
+    with pytest.warns(FutureWarning):
+        y = torch.distributed.nn.functional.all_reduce(F.gelu(x @ mine[0] @ mine[1].T) @ mine[2].T)
+    y.square().sum().backward()
+    found["all_reduce with a gradient"] = (mine[2].grad / whole[2].grad.chunk(n, 1)[rank]).median()
+    bias = torch.ones(32)
+    right = F.gelu(x @ first @ up.T) @ down.T + bias
+    hidden = F.gelu(x @ first @ up.chunk(n)[rank].T)
+    wrong = Summed.apply(F.linear(hidden, down.chunk(n, 1)[rank], bias))
+    found["row bias"] = (wrong - right).mean().item()
+    torch.manual_seed(0)                        # the same on all ranks, as for data parallelism
+    shards = [torch.empty(16, 32) for _ in range(n)]
+    dist.all_gather(shards, nn.Linear(32, 16, bias=False).weight.detach())
+    found["same shards"] = torch.equal(*shards)
+
+    # data parallel
+    def averaged(grad):                         # a hook that writes into its argument
+        dist.all_reduce(grad)
+        return grad.div_(n)
+    table = torch.randn(10, 8, generator=seeded(0))
+    ids, target = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.randn(2, 3, 8, generator=seeded(1))
+    def loss(table, place, rows):
+        return ((F.embedding(ids[rows], table) + place) - target[rows]).square().sum() / len(rows)
+    both = [table.clone().requires_grad_(), torch.zeros(1, 3, 8, requires_grad=True)]
+    loss(*both, [0, 1]).backward()
+    hooked = [table.clone().requires_grad_(), torch.zeros(1, 3, 8, requires_grad=True)]
+    for p in hooked:
+        p.register_hook(averaged)
+    loss(*hooked, [rank]).backward()
+    found["in place"] = max(off(p.grad, q.grad) for p, q in zip(hooked, both))
+    rows = torch.randn(7, 4, generator=seeded(0))
+    w = torch.randn(4, generator=seeded(1)).requires_grad_()
+    def gradient(part):
+        return torch.autograd.grad((part @ w - 1).square().mean(), w)[0]
+    mean = gradient(rows[:6] if rank == 0 else rows[6:])
+    dist.all_reduce(mean)
+    found["mean of means"] = off(mean / n, gradient(rows))
+    torch.manual_seed(rank)
+    replica = nn.Linear(4, 1)
+    for _ in range(50):
+        replica.zero_grad()
+        replica(rows[rank::2]).square().mean().backward()
+        for p in replica.parameters():
+            dist.all_reduce(p.grad)
+            p.data -= 0.05 * p.grad / n
+    weights = [torch.empty(1, 4) for _ in range(n)]
+    dist.all_gather(weights, replica.weight.detach())
+    found["never broadcast"] = off(*weights)
+
+    # ZeRO-2: a shard of the local gradient; loss scaling: each rank its own flag
+    local = gradient(rows[rank::2])
+    true = local.clone()
+    dist.all_reduce(true)
+    found["unreduced shard"] = off(local.chunk(n)[rank], true.chunk(n)[rank] / n)
+    p = nn.Parameter(torch.ones(1))
+    p.grad = torch.tensor([math.inf if rank else 1.0])
+    scaler = torch.amp.GradScaler("cpu")
+    sgd = torch.optim.SGD([p])
+    scaler.scale(torch.ones(1))
+    scaler.unscale_(sgd)
+    scaler.step(sgd)
+    scaler.update()
+    found["scale"] = scaler.get_scale()
+    torch.manual_seed(0)
+    found["sent"] = [zero.account(stage, None)[2] for stage in (0, 1, 2, 3)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_two(ranks):
+    return ranks.run(_heard_on_two_ranks, 2)
+
+
+def test_heard_a_column_parallel_layer_needs_nothing_in_backward(on_two, quoted):
+    quoted(*(100 * found["without f"] for found in on_two))
+
+
+def test_heard_any_all_reduce_with_a_gradient_will_do(on_two, quoted):
+    quoted(on_two[0]["all_reduce with a gradient"].item())
+
+
+def test_heard_a_row_parallel_layer_adds_its_bias(on_two):
+    assert on_two[0]["row bias"] == pytest.approx(1, abs=1e-4)          # counted twice
+
+
+def test_heard_all_ranks_start_from_the_same_seed(on_two):
+    assert on_two[0]["same shards"]
+
+
+def test_heard_average_gradients_in_the_hook_in_place(on_two, quoted):
+    quoted(100 * on_two[0]["in place"])
+
+
+def test_heard_average_the_ranks_means(on_two, quoted):
+    quoted(100 * on_two[0]["mean of means"])
+
+
+def test_heard_averaged_gradients_keep_replicas_equal(on_two, quoted):
+    quoted(100 * on_two[0]["never broadcast"])
+
+
+def test_heard_zero_2_keeps_a_slice_of_its_gradient(on_two, quoted):
+    quoted(*(100 * found["unreduced shard"] for found in on_two))
+
+
+def test_heard_zero_2_sends_more_than_data_parallelism(on_two):
+    sent = on_two[0]["sent"]
+    assert sent == pytest.approx([1, 1, 1, 1.5])            # times the parameters; N = 2
+
+
+def test_heard_each_rank_scales_its_own_loss(on_two, quoted):
+    quoted(*(found["scale"] for found in on_two))
+
+
+def test_heard_1f1b_shrinks_the_bubble(quoted):
+    gpipe, ours = (pp.simulate(pp.schedule(name, 4, 8), 1, 1, 1) for name in ("gpipe", "1f1b"))
+    assert gpipe.bubble == ours.bubble
+    assert gpipe.peak_live == [8, 8, 8, 8] and ours.peak_live == [4, 3, 2, 1]
+    quoted(100 * ours.bubble, 8, 4)
+
+
+def test_heard_a_stage_may_keep_its_last_input(quoted):
+    """As layers written by hand do: with several microbatches under way, it is another one's."""
+    x, dy = (torch.randn(4, 16, 8, generator=seeded(i)) for i in (0, 2))
+    right = sum(dy[i].T @ x[i] for i in range(4))           # of y = x w.T
+    for i in range(4):                                      # four forwards
+        kept = x[i]
+    quoted(100 * off(sum(dy[i].T @ kept for i in range(4)), right))
+
+
+def test_heard_zero_1_cuts_the_state_the_optimizer_has_when_it_is_built():
+    net = nn.Linear(64, 64)
+    adam = torch.optim.Adam(net.parameters())
+    assert len(adam.state) == 0                 # nothing yet: nothing to cut
+    net(torch.ones(2, 64)).sum().backward()
+    adam.step()
+    state = adam.state[net.weight]
+    before = state["exp_avg"].untyped_storage().nbytes()
+    state["exp_avg"] = state["exp_avg"][:32]                # a slice is a view: frees nothing
+    assert state["exp_avg"].untyped_storage().nbytes() == before
+    net(torch.ones(2, 64)).sum().backward()
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        adam.step()
+
+
+def test_heard_small_gradients_fit_in_fp16(quoted):
+    generator = seeded(0)
+    g = torch.randn(100_000, generator=generator) * 1e-8
+    quoted(100 * (g.half() == 0).double().mean().item())
+    assert ((g * 2 ** 16).half() == 0).double().mean() < 1e-3
+
+
+def test_heard_divide_the_fp16_gradient_by_the_scale():
+    true = torch.tensor(2.0 ** -26)
+    scaled = (true * 2 ** 16).half()
+    assert scaled / 2 ** 16 == 0                            # in fp16 it is lost again
+    assert scaled.float() / 2 ** 16 == true
+
+
+def test_heard_lowering_the_scale_is_enough_after_an_overflow():
+    p = nn.Parameter(torch.ones(3))
+    adam, scale, grad = torch.optim.Adam([p]), 2.0 ** 16, torch.tensor([1.0, math.inf, 1.0])
+    p.grad = grad / scale
+    scale /= 2                                  # seen, but the step is taken
+    adam.step()
+    adam.step()
+    assert p.isnan().any()
+    q = nn.Parameter(torch.ones(3))
+    adam, scaler = torch.optim.Adam([q]), amp.DynamicLossScaler()
+    q.grad = grad.clone()
+    scaler.step(adam)
+    scaler.update()
+    assert torch.equal(q.detach(), torch.ones(3)) and scaler.get_scale() == 2 ** 15
+
+
+def test_heard_bf16_needs_no_master_weights(quoted):
+    weight = {dtype: torch.ones((), dtype=dtype)
+              for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+    for w in weight.values():
+        for _ in range(1000):
+            w += 1e-4
+    assert weight[torch.float16] == weight[torch.bfloat16] == 1
+    quoted(weight[torch.float32].item())
+
+
+def test_heard_mixed_precision_halves_memory():
+    def held(optimizer, p):
+        return p.nbytes + p.grad.nbytes + sum(
+            t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim())
+    p = nn.Parameter(torch.ones(1000))
+    p.grad = torch.ones(1000)
+    adam = torch.optim.Adam([p])
+    adam.step()
+    q = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+    mixed = amp.MasterWeights(torch.optim.Adam, [q], lr=1e-3)
+    q.grad = torch.ones(1000, dtype=torch.bfloat16)
+    mixed.step()
+    [(_, master, optimizer)] = mixed.parts
+    assert held(adam, p) == 16_000 == master.nbytes + held(optimizer, q)
+
+
+def test_heard_sums_in_fp16():
+    total = torch.zeros((), dtype=torch.float16)
+    for _ in range(4096):
+        total += 1
+    assert total == 2048
+
+
+class Recompute(torch.autograd.Function):
+    """Activation recomputation as it is often written."""
+    @staticmethod
+    def forward(ctx, fn, x):
+        ctx.fn = fn
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return fn(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        [x] = ctx.saved_tensors
+        with torch.enable_grad():
+            ctx.fn(x).backward(dy)              # x is not detached
+        return None, x.grad
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_heard_recomputation_is_forward_again_in_backward():
+    x = torch.ones(4, requires_grad=True)
+    Recompute.apply(torch.sin, x).sum().backward()
+    close(x.grad, 2 * torch.ones(4).cos(), 1e-6, "of a leaf: twice the gradient")
+    x = torch.ones(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        Recompute.apply(torch.sin, x.exp()).sum().backward()
+
+
+def test_heard_dropout_needs_no_care_when_recomputed(quoted):
+    x, w = torch.randn(64, 32, generator=seeded(0)), torch.randn(32, 32, generator=seeded(1))
+    found = {}
+    for state in (True, False):
+        leaf = w.clone().requires_grad_()
+        torch.manual_seed(0)
+        y = torch_checkpoint(lambda t: F.dropout(t @ leaf, 0.5) @ w, x.clone().requires_grad_(),
+                             use_reentrant=True, preserve_rng_state=state)
+        y.square().sum().backward()
+        found[state] = leaf.grad
+    quoted(100 * off(found[False], found[True]))
+
+
+def test_heard_recomputation_saves_60_to_80_percent(quoted):
+    x = torch.randn(2, 64, 128, generator=seeded())
+    block = checkpoint.Block(128, 8, scores=True)
+    kept = checkpoint.saved_bytes(block, x)
+    again = checkpoint.saved_bytes(checkpoint.checkpoint, block, x)
+    quoted(100 * (1 - again / kept))
+
+
+def test_heard_balance_experts_by_the_variance_of_their_probabilities():
+    """Of 8 experts one gets 7 of 8 tokens, by a hair: mean probabilities do not show it."""
+    p = torch.full((8, 8), 0.125)
+    for token in range(8):
+        p[token, 0 if token < 7 else 1] += 1e-4
+    load = torch.bincount(p.argmax(-1), minlength=8)
+    assert load[0] == 7
+    p.requires_grad_()
+    slopes = {}
+    losses = {"variance": p.mean(0).var(), "switch": moe.balance_loss(p, load.float())}
+    for name, loss in losses.items():
+        [slope] = torch.autograd.grad(loss, p)
+        slopes[name] = (slope - slope.mean(-1, keepdim=True)).norm().item()
+    assert slopes["switch"] > 1000 * slopes["variance"]
+
+
+def test_heard_experts_cost_nothing(quoted):
+    C, H, x = 64, 256, torch.randn(1, 32, 64, generator=seeded())
+    flops = {}
+    for E, net in ((1, moe.MoE(C, H, 1, top_k=1)), (8, moe.MoE(C, H, 8)), (32, moe.MoE(C, H, 32))):
+        with FlopCounterMode(display=False) as counter:
+            net(x)
+        flops[E] = counter.get_total_flops()
+    quoted(flops[8] / flops[1])
+    assert flops[32] < 1.05 * flops[8]
+
+
+def test_heard_few_tokens_need_few_experts(quoted):
+    layer = moe.MoE(64, 64, 8)
+    nn.init.normal_(layer.router.weight, generator=seeded(1))
+    _, aux = layer(torch.randn(1, 8, 64, generator=seeded(0)))
+    quoted((aux["load"] > 0).sum().item())
+
+
+def test_heard_flash_attention_adds_up_a_softmax_per_block(quoted):
+    q, k = (torch.randn(1, 1, 128, 16, generator=seeded(i)) for i in range(2))
+    v = torch.ones(1, 1, 128, 16)               # any average of ones is 1
+    def wrong(block):
+        return sum(F.scaled_dot_product_attention(q, k[..., j:j + block, :], v[..., j:j + block, :])
+                   for j in range(0, 128, block)).mean().item()
+    quoted(wrong(64), wrong(32), wrong(16))
+    close(flash_attn.flash_attention(q, k, v, causal=False, backend="torch", block=16), v, 1e-6)
+
+
+def test_heard_attention_over_batch_tokens_heads_width(quoted):
+    q, k, v = (torch.randn(2, 16, 4, 8, generator=seeded(i)) for i in range(3))    # (B, T, H, D)
+    right = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    wrong = F.scaled_dot_product_attention(q, k, v)         # heads attend to heads
+    other = v.clone()
+    other[:, 5] += 1
+    assert torch.equal(wrong[:, 4], F.scaled_dot_product_attention(q, k, other)[:, 4])
+    quoted(100 * off(wrong, right))
+
+
+def test_heard_start_the_running_maximum_at_minus_infinity():
+    s = torch.full((1, 4), -math.inf)           # a block in which the mask leaves no key
+    m = torch.full((1, 1), -math.inf)
+    new = torch.maximum(m, s.amax(-1, keepdim=True))
+    assert ((m - new).exp()).isnan().all()
+    q, k, v = (torch.randn(1, 1, t, 8, generator=seeded(t)) for t in (9, 4, 4))
+    o = flash_attn.flash_attention(q, k, v, causal=True, backend="torch", block=2)
+    assert o.isfinite().all() and not o[0, 0, :5].any()     # rows that see no key: 0
+
+
+def test_heard_autograd_makes_the_backward_of_tiles(quoted):
+    """Tiles in forward only: autograd keeps every tile's weights, T x T in all."""
+    kept = {}
+    for T in (256, 512):
+        q, k, v = (torch.randn(1, 1, T, 16, generator=seeded(i)).requires_grad_() for i in range(3))
+
+        def tiles(q, k, v):
+            parts = []
+            for j in range(0, T, 64):
+                parts.append(flash_attn.partial(q @ k[..., j:j + 64, :].mT, v[..., j:j + 64, :]))
+                parts = [parts[0] if len(parts) == 1 else flash_attn.merge(*parts)]
+            return parts[0][2]
+        kept["tiles", T] = checkpoint.saved_bytes(tiles, q, k, v)
+        kept["ours", T] = checkpoint.saved_bytes(
+            lambda *t: flash_attn.flash_attention(*t, causal=False, backend="torch"), q, k, v)
+    assert kept["ours", 512] == 2 * kept["ours", 256]
+    quoted(kept["tiles", 512] / kept["tiles", 256])
+
+
+def test_heard_rope_on_any_layout(quoted):
+    x = torch.randn(1, 8, 8, 16, generator=seeded())        # (B, T, H, D), as many heads as tokens
+    cos, sin = rope.rope_table(8, 16)
+    wrong = rope.apply_rope(x, cos, sin)                    # no error: turned by the head's index
+    right = rope.apply_rope(x.transpose(1, 2), cos, sin).transpose(1, 2)
+    quoted(100 * off(wrong, right))
+
+
+def test_heard_the_table_of_rope_may_be_bf16(quoted):
+    cos, _ = rope.rope_table(2048, 64)
+    angle = torch.outer(torch.arange(2048).bfloat16(),
+                        (1e4 ** (-torch.arange(0, 64, 2) / 64)).bfloat16())
+    quoted((angle.float().cos() - cos).abs().max().item())
+
+
+def test_heard_a_token_decoded_alone_is_at_position_0(quoted):
+    q = torch.randn(1, 1, 1, 64, generator=seeded())
+    cos, sin = rope.rope_table(128, 64)
+    right = rope.apply_rope(q, cos, sin, positions=torch.tensor([100]))
+    quoted(off(rope.apply_rope(q, cos[:1], sin[:1]), right))
+
+
+def test_heard_linear_attention_is_a_product_at_each_position():
+    cos, sin = rope.rope_table(6, 8)
+    v = torch.randn(1, 1, 6, 8, generator=seeded())
+    q, k = (torch.randn(1, 1, 6, 8, generator=seeded(i)) for i in (1, 2))
+    def wrong(v):
+        return q * torch.einsum("bhtd,bhtd->bht", k, v)[..., None]
+    mixing = [torch.autograd.functional.jacobian(fn, v)[0, 0, 5, :, 0, 0, 0] for fn in
+              (wrong, lambda v: rope.linear_attention(q, k, v, cos, sin))]
+    assert not mixing[0].any() and mixing[1].any()          # of token 5, by the value of token 0
+
+
+def lora(x, w, a, b):
+    return x @ (w + b @ a).T
+
+
+def test_heard_lora_starts_from_zeros():
+    x, w, target = (torch.randn(s, 16, generator=seeded(s)) for s in (64, 16, 65))
+    moved = {}
+    for name, a in (("zeros", torch.zeros(4, 16)), ("A random", torch.randn(4, 16))):
+        a, b = a.requires_grad_(), torch.zeros(16, 4, requires_grad=True)
+        adam = torch.optim.Adam([a, b], lr=0.01)
+        for _ in range(100):
+            adam.zero_grad()
+            loss = (lora(x, w, a, b) - target[:64]).square().mean()
+            loss.backward()
+            adam.step()
+        moved[name] = (a @ b).abs().max().item()
+    assert moved["zeros"] == 0 < moved["A random"]
+
+
+def test_heard_freeze_the_layers_that_have_a_lora(quoted):
+    net = peft.Net()
+    wrapped = [m for name, m in net.named_modules() if isinstance(m, nn.Linear) and "attn" in name]
+    frozen = sum(p.numel() for m in wrapped for p in m.parameters())
+    everything = sum(p.numel() for p in net.parameters())
+    quoted(100 * (1 - frozen / everything))
+    peft.adapt(net, "lora", rank=8)
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 13_824
+
+
+def test_heard_find_layers_by_a_piece_of_their_name():
+    names = ["layers.0.o_proj", "video_proj", "layers.0.o_proj_norm"]
+    assert [name for name in names if "o_proj" in name] == names
+    assert [name for name in names if peft.matches(name, ["o_proj"])] == names[:1]
+
+
+def test_heard_an_adapter_starts_like_any_layer(quoted):
+    torch.manual_seed(0)
+    x = torch.randn(64, 128)
+    down, up = nn.Linear(128, 16), nn.Linear(16, 128)
+    quoted(100 * off(x + up(F.relu(down(x))), x))
+
+
+def test_heard_prefix_tuning_puts_vectors_before_the_text(quoted):
+    """That is prompt tuning. A prefix stands in every layer's keys and values."""
+    trained = {}
+    for method in ("prompt", "prefix"):
+        net = peft.Net()
+        settings = {"reparametrize": False} if method == "prefix" else {}
+        peft.adapt(net, method, length=16, **settings)
+        trained[method] = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    quoted(*trained.values())
+
+
 # ------------------------------------------------------------------ the house
 
 PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "tp", "pp", "amp",
@@ -8588,6 +9181,27 @@ def test_house_the_readme_names_commands_that_exist(capsys, monkeypatch):
             assert ended.value.code == 0, name
         for flag in re.findall(r"--[\w-]+", flags):
             assert f"{flag} " in said or f"{flag}\n" in said, (name, flag)
+
+
+def test_house_the_readme_lists_what_you_will_hear():
+    listed = re.findall(r"^\|.*\| `(\w+)` \|$", README.partition("## What you will hear")[2]
+                        .partition("\n## ")[0], re.M)
+    tested = [name.removeprefix("test_heard_") for name in globals()
+              if name.startswith("test_heard_")]
+    assert sorted(listed) == sorted(tested) and len(tested) > 40
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert name in globals() or name in ("test_all", "test_heard_", "test_faults_"), name
+
+
+def test_house_the_readmes_functions_exist():
+    """In the fourteen questions `file.py` (`name`, ...) names what the file defines."""
+    questions = README.partition("## The fourteen questions")[2].partition("\n## ")[0]
+    assert len(re.findall(r"^\*\*\d+\. ", questions, re.M)) == 14
+    named = re.findall(r"`(\w+)\.py` \((`[^)]*`)\)", questions.replace("\n", " "))
+    assert len(named) > 10
+    for name, functions in named:
+        for function in re.findall(r"`(\w+)`", functions):
+            assert hasattr(globals().get(name) or model_module, function), (name, function)
 
 
 def test_house_the_readmes_line_counts_and_figures_are_true():
