@@ -9183,6 +9183,45 @@ def test_house_the_readme_names_commands_that_exist(capsys, monkeypatch):
             assert f"{flag} " in said or f"{flag}\n" in said, (name, flag)
 
 
+def commands_of(text):
+    """The command lines of a README, in order, without the words that explain them."""
+    lines = re.findall(r"^    ((?:[A-Z_]+=\S+ )?(?:python|torchrun) .*)$", text, re.M)
+    return [re.split(r"  +", line)[0] for line in lines]
+
+
+@pytest.mark.slow
+def test_house_the_readmes_commands_run(corpus, pairs, tmp_path):
+    """All of them, one after the other in one folder; sizes and steps are made small."""
+    pytest.importorskip("safetensors", reason="folders: pip install safetensors")
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for name, source in (("my.txt", corpus), ("tinyshakespeare.txt", corpus),
+                         ("pairs.jsonl", pairs)):
+        shutil.copy(source, tmp_path / name)
+    small = " --layers 2 --dim 32 --heads 2 --seq-len 40 --batch-size 12 --save-every 2"
+    short = " --steps 4 --profile-every 2 --log-every 1"
+
+    def run(command):
+        ended = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+        assert ended.returncode == 0, f"{command}\n{ended.stdout}{ended.stderr}"
+        return ended.stdout
+
+    commands = commands_of(README)
+    assert len(commands) >= 25
+    for command in commands:
+        command = command.replace("host0", "localhost").replace("--nnodes 2", "--nnodes 1")
+        command = command.replace("torchrun --nproc", "torchrun --standalone --nproc")
+        if "--init" in command:                 # of a dense model, as the README's order has it
+            run("rm -rf out && python train.py" + small + short)
+            command += short + " --batch-size 12 --seq-len 40"
+        elif "train.py" in command and "--resume" not in command:
+            command += small + short + (" --data my.txt" if "--data" not in command else "")
+        said = run(command)
+        if "train.py" in command and "--plan" not in command:
+            assert "weights crc32" in said, said
+
+
 def test_house_the_readme_lists_what_you_will_hear():
     listed = re.findall(r"^\|.*\| `(\w+)` \|$", README.partition("## What you will hear")[2]
                         .partition("\n## ")[0], re.M)
