@@ -9,6 +9,7 @@ import ast
 import concurrent.futures
 import contextlib
 import copy
+import ctypes
 import gzip
 import dataclasses
 import faulthandler
@@ -8152,6 +8153,78 @@ def test_faults_a_full_disk_leaves_the_checkpoints_before(ranks, corpus, tmp_pat
         assert everything_in(resume.saved(out)[-1]) == before
         assert ranks.run(_train, n, ["--resume", "--out", str(out)])[0] == want
         assert not list(out.glob("*.tmp"))
+
+
+def _without_rights():
+    """root may write anywhere, unless its processes give up that right (PR_CAPBSET_DROP)."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)                 # CAP_DAC_OVERRIDE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="how root gives up a right: Linux only")
+def test_faults_a_read_only_folder_is_an_error_that_loses_nothing(corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "20", "--save-every", "10"]
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    run = command(*argv, "--out", str(closed / "run"), preexec_fn=_without_rights)
+    assert run.returncode == 2 and "Permission denied" in run.stderr
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    whole, out = (command(*argv, "--out", str(tmp_path / name)) for name in ("whole", "out"))
+    want = re.search("weights crc32 [0-9a-f]+", whole.stdout)[0]
+    out = tmp_path / "out"
+    shutil.rmtree(resume.saved(out)[-1])
+    before = everything_in(out)
+    for path in (out, *out.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+    run = command("--resume", "--out", str(out), preexec_fn=_without_rights)
+    assert run.returncode in (1, 2) and "error: " in run.stderr and "Traceback" not in run.stderr
+    assert everything_in(out) == before
+    for path in (out, *out.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o200)
+    assert want in command("--resume", "--out", str(out)).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/net/tcp").exists(), reason="no /proc to look into")
+def test_faults_nothing_is_left_of_a_run(corpus, tmp_path):
+    """No process, no port, no temporary folder: after a run that ends well, one with a bad flag for
+    its ranks, one that is told to stop, one whose rank is killed."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+
+    def ports():
+        listening = set()
+        for name in ("tcp", "tcp6"):
+            for line in pathlib.Path("/proc/net", name).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A":                       # LISTEN
+                    listening.add(fields[1])
+        return listening
+
+    before = ports()
+    with mock.patch.dict(os.environ, TMPDIR=str(temporary)):
+        for kind, flags in (("well", []), ("bad", ["--tp", "2", "--heads", "3"]), ("told", []),
+                            ("killed", [])):
+            out = tmp_path / kind
+            argv = [*TINY, "--data", corpus, "--out", str(out), "--save-every", "10",
+                    "--steps", "20" if kind == "well" else "100000", *flags]
+            if kind in ("well", "bad"):
+                assert (command(*argv, "--nproc", "2").returncode == 0) == (kind == "well")
+            elif kind == "killed":
+                assert torchrun(tmp_path, "forward", argv, "--standalone").returncode == 1
+            else:
+                run = subprocess.Popen([sys.executable, str(HERE / "train.py"), *argv, "--nproc",
+                                        "2"], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                       stdout=subprocess.DEVNULL)
+                until = time.monotonic() + 60
+                while not resume.saved(out) and time.monotonic() < until:
+                    time.sleep(0.1)
+                run.terminate()
+                assert run.wait(60) == 0
+            left = {path.name.partition("_")[0] for path in temporary.iterdir()}
+            torchs = {"torchinductor"} | ({"torchelastic"} if kind == "killed" else set())
+            assert not processes_of(out) and left <= torchs, (kind, left)   # torch's, not ours
+    assert ports() <= before
 
 
 def _train_and_listen(argv):

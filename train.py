@@ -37,6 +37,7 @@ import pathlib
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import zlib
 
@@ -810,15 +811,17 @@ def restarted(args):
 
 def start_ranks(args, argv):
     """What typing torchrun would do: this program again, in args.nproc processes."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)       # the ranks report
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.nproc)))
-    here = LaunchConfig(run_id="train", min_nodes=1, max_nodes=1, nproc_per_node=args.nproc,
-                        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     try:
-        elastic_launch(here, sys.executable)(__file__, *argv)
+        with tempfile.TemporaryDirectory() as folder:           # torch's own it would leave behind
+            here = LaunchConfig(run_id="train", min_nodes=1, max_nodes=1, nproc_per_node=args.nproc,
+                                rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+                                logs_specs=DefaultLogsSpecs(folder))
+            elastic_launch(here, sys.executable)(__file__, *argv)
     except ChildFailedError as failed:
         sys.exit(max(1, *(failure.exitcode for failure in failed.failures.values())))
     except SignalException:                         # which the ranks have got, too
