@@ -8555,8 +8555,7 @@ def test_composition_every_pair_equals_one_process_or_is_refused(ranks, corpus, 
     every = combinations_of(TECHNIQUES)
     alone = [names for names in every if len(names) == 1]
     assert len(every) > 150 and len(alone) == len(TECHNIQUES)
-    check_combinations(ranks, corpus, pairs, folders, alone + TOGETHER)
-    check_combinations(ranks, corpus, pairs, folders, every, "4")       # 20: 8 minutes, and pass
+    check_combinations(ranks, corpus, pairs, folders, every + TOGETHER)
 
 
 def test_composition_the_check_notices(ranks, corpus, pairs, folders):
@@ -9286,6 +9285,33 @@ def commands_of(text):
     """The command lines of a README, in order, without the words that explain them."""
     lines = re.findall(r"^    ((?:[A-Z_]+=\S+ )?(?:python|torchrun) .*)$", text, re.M)
     return [re.split(r"  +", line)[0] for line in lines]
+
+
+def facts(block):
+    """What a translation must not change: code, links, numbers, rows, and what kind of block it is.
+    """
+    prose = re.sub(r"`[^`\n]*`", "", block)
+    prose = re.sub(r"(\d+) 年 \d+ 月", r"\1", prose)         # a month is a word in English
+    return {"code": sorted(re.findall(r"`[^`\n]*`", block)),
+            "links": sorted(re.findall(r"\]\(([^)]*)\)", block)),
+            "numbers": sorted(re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", prose)),
+            "rows": [line.count("|") for line in block.split("\n") if line.startswith("|")],
+            "items": len(re.findall(r"^- ", block, re.M)),
+            "kind": re.match(r"#* |    |", block)[0], "bold": block.count("**")}
+
+
+def test_house_the_chinese_readme_says_the_same():
+    """Block by block: the same structure, commands, code, links and numbers."""
+    chinese = (HERE / "README.zh-CN.md").read_text()
+    blocks = [re.split(r"\n\s*\n", text.strip()) for text in (README, chinese)]
+    assert len(blocks[0]) == len(blocks[1])
+    for here, there in zip(*blocks):
+        assert facts(here) == facts(there), (here, there)
+        if here.startswith("    ") and not re.search("[\u4e00-\u9fff]", there):
+            assert here == there
+    assert commands_of(chinese) == commands_of(README)
+    plain = re.sub(r"`[^`\n]*`", "", chinese)
+    assert len(re.findall("[\u4e00-\u9fff]", plain)) > 5000     # it is a translation
 
 
 @pytest.mark.slow
