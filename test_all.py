@@ -7983,6 +7983,12 @@ def end(how=signal.SIGKILL):
     os.kill(os.getpid(), how)
 
 
+def saved():
+    """Wait for the first checkpoint: it is written in the background."""
+    while not resume.saved(argv[argv.index("--out") + 1]):
+        time.sleep(0.05)
+
+
 def at(owner, name, when, action):
     """Before call number `when` of owner.name, in the first attempt, do `action`."""
     plain = getattr(owner, name)
@@ -7998,10 +8004,10 @@ def at(owner, name, when, action):
 
 
 if kind == "forward" and rank == 1:
-    at(train.GPT, "forward", 17, end)
+    at(train.GPT, "forward", 17, lambda: (saved(), end()))
 elif kind == "collective":          # rank 1 waits in it, and is killed there
-    at(train.DDP, "sync", 17, lambda: time.sleep(1) if rank == 0 else
-       threading.Timer(0.3, end).start())
+    at(train.DDP, "sync", 17, lambda: (saved(), time.sleep(1)) if rank == 0 else
+       threading.Timer(0.3, lambda: (saved(), end())).start())
 elif kind == "save" and rank == 0:  # of the second checkpoint: its data are written, not its name
     at(resume, "_crc32", 5, end)
 elif kind == "hang" and rank == 1:
