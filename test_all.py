@@ -9321,6 +9321,22 @@ def test_house_the_chinese_readme_says_the_same():
 
 
 @pytest.mark.slow
+def test_house_the_first_command_prints_what_the_readme_shows(tmp_path):
+    """The same lines, and losses to 2 %; speed is the machine's."""
+    run = command("--out", str(tmp_path / "out"))
+    assert run.returncode == 0, run.stderr
+    shown = README.partition("What the first command prints")[2].partition("(The log shortened")[0]
+    for start in ("model  619,584 parameters", "optim  Muon (lr 0.04) for the 21 matrices"):
+        assert start in shown and start in run.stdout
+    losses = [dict(re.findall(r"^ *step +(\d+)/1000 .* val ([\d.]+)", text, re.M))
+              for text in (shown, run.stdout)]
+    assert list(losses[0]) == ["250", "500", "750", "1000"] == list(losses[1])
+    if AS_THE_README:
+        for step, said in losses[0].items():
+            assert float(losses[1][step]) == pytest.approx(float(said), rel=0.02)
+
+
+@pytest.mark.slow
 def test_house_the_readmes_commands_run(corpus, pairs, tmp_path):
     """All of them, one after the other in one folder; sizes and steps are made small."""
     pytest.importorskip("safetensors", reason="folders: pip install safetensors")
