@@ -8552,11 +8552,6 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_composition_some_techniques_together_equal_one_process(ranks, corpus, pairs, folders):
-    check_combinations(ranks, corpus, pairs, folders, TOGETHER[3::4], "4")
-
-
-@pytest.mark.slow
 def test_composition_every_pair_equals_one_process_or_is_refused(ranks, corpus, pairs, folders):
     every = combinations_of(TECHNIQUES)
     alone = [names for names in every if len(names) == 1]
