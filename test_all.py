@@ -7149,7 +7149,7 @@ def command(*argv, **kwargs):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=240,
+        timeout=500,
         **kwargs,
     )
 
