@@ -340,7 +340,7 @@ class MasterWeights:
         """After unscale_. -> 2-norm of the gradient; step() will use it at most max_norm long."""
         norms = [p.grad.norm(dtype=torch.float32) for p, _, _ in self.parts if p.grad is not None]
         norm = nn.utils.get_total_norm(norms) * self.factor
-        self.factor *= min(max_norm / (norm.item() + 1e-6), 1.0)        # NaN stays NaN
+        self.factor = self.factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)   # NaN stays NaN
         return norm
 
     @torch.no_grad()

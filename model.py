@@ -41,6 +41,7 @@ import torch.nn.functional as F
 
 from checkpoint import checkpoint, plan, selective_checkpoint
 from flash_attn import flash_attention
+from loss import chunked_cross_entropy, nats_and_dz
 from moe import MoE, as_product
 from rope import alibi_bias, apply_rope, rope_table, sinusoidal_table
 from tp import (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, collective,
@@ -344,6 +345,8 @@ class GPT(nn.Module):
                 self.head.weight = self.embed.weight
         self.dropout = nn.Dropout(config.dropout)
         self.recompute = {}                     # number of a block: how, see set_recompute()
+        self.loss_chunk = 0                     # tokens whose logits exist at once; 0: all
+        self.loss_of, self.loss_of_chunk = vocab_parallel_cross_entropy, nats_and_dz
         # Constants. Not buffers: model.to(bfloat16) would round the angles of RoPE.
         self.tables = {}
         if config.position == "rope":
@@ -429,6 +432,15 @@ class GPT(nn.Module):
         self.recompute = {mine[i]: checkpoint for i in again[0]}
         for layer in self.experts:                          # those tokens do not count
             layer.load.zero_()
+
+    def compile_parts(self):
+        """torch.compile for each block, equal ones sharing a graph, and for the loss. Not for all
+        of the model at once: gradients are then ready, and sent, block by block."""
+        for block in self.blocks:
+            if block is not None:                           # not block.compile(): hooks stay out
+                block.forward = torch.compile(block.forward)
+        self.loss_of = torch.compile(self.loss_of)
+        self.loss_of_chunk = torch.compile(self.loss_of_chunk)
 
     def set_loss_scale(self, scale):
         """What the loss is multiplied by before backward (accumulation, fp16): the losses of
@@ -546,11 +558,16 @@ class GPT(nn.Module):
         return Stage(self, stage_blocks(self.config, n)[i], i == 0, i == n - 1)
 
     def forward(self, tokens, targets=None, memory=None, cache=None):
-        """-> logits (B, T, V), loss: mean nats per target; targets of -100 do not count."""
-        logits = self.head(self.features(tokens, memory, cache))
+        """-> logits (B, T, V), loss: mean nats per target; targets of -100 do not count. With
+        loss_chunk and targets there are no logits (loss.py)."""
+        x = self.features(tokens, memory, cache)
+        if self.loss_chunk and targets is not None:
+            return None, chunked_cross_entropy(x, self.head.weight, targets, self.loss_chunk,
+                                               per_chunk=self.loss_of_chunk)
+        logits = self.head(x)
         if targets is None:
             return gather_from_tp(logits, self.tp_group), None
-        return logits, vocab_parallel_cross_entropy(logits, targets, self.tp_group)
+        return logits, self.loss_of(logits, targets, self.tp_group)
 
     @torch.no_grad()
     def generate(self, tokens, new_tokens, temperature=1.0, top_k=None, generator=None,

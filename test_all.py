@@ -13,6 +13,7 @@ import ctypes
 import gzip
 import dataclasses
 import faulthandler
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -58,6 +59,7 @@ import checkpoint
 import data
 import ddp
 import flash_attn
+import loss
 import metrics
 import model as model_module
 import moe
@@ -1512,6 +1514,127 @@ def test_muon_refuses_bad_settings_with_the_rule():
     with pytest.raises(ValueError, match="2-D"):
         optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(2, 2, 2))]))
     assert len(optimizer.param_groups) == 1
+
+
+# ------------------------------------------------------------------ loss.py
+
+def loss_inputs(N=60, C=16, V=50, dtype=torch.float64):
+    x = torch.randn(N, C, generator=seeded(1), dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, C, generator=seeded(2), dtype=dtype, requires_grad=True)
+    targets = torch.randint(V, (N,), generator=seeded(3))
+    return x, weight, targets.where(torch.arange(N) % 9 > 0, -100)          # some do not count
+
+
+def check_loss_equals_whole_logits(module):
+    x, weight, targets = loss_inputs()
+    whole = F.cross_entropy(x @ weight.T, targets)
+    want = whole, *torch.autograd.grad(3 * whole, (x, weight))
+    for chunk in (1, 7, 60, 1000):
+        for shape in ((60,), (5, 12)):                      # (..., C) and (...)
+            def run(x, weight):
+                return module.chunked_cross_entropy(x.unflatten(0, shape), weight,
+                                                    targets.view(shape), chunk)
+            out = run(x, weight)
+            got = out, *torch.autograd.grad(3 * out, (x, weight))
+            for a, b, what in zip(got, want, ("loss", "dx", "dW")):
+                close(a, b, 1e-13, f"{what}, chunks of {chunk}")
+            for i in range(2):                              # one of the two is frozen, or both
+                leaves = [t if j == i else t.detach() for j, t in enumerate((x, weight))]
+                close(torch.autograd.grad(3 * run(*leaves), leaves[i])[0], want[1 + i], 1e-13)
+            assert not run(x.detach(), weight.detach()).requires_grad
+    out = module.chunked_cross_entropy(x, weight, targets, 7)
+    first, again = (torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_loss_in_chunks_and_its_gradients_equal_those_of_whole_logits():
+    check_loss_equals_whole_logits(loss)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("label, torch.full_like(log_sum, -1.0)", "label, torch.full_like(log_sum, -0.9)"),
+    ("dz.mul_(counted.unsqueeze(-1))", "dz"), (".where(counted, 0).sum()\n", ".sum()\n"),
+    ("g = g / count", "g = g / len(dx)"), ("dw += dz.mT @ part", "dw = dz.mT @ part"),
+    ("d if d is None else (d * g)", "d if d is None else (d / count)")])
+def test_loss_the_check_notices(line, broken):
+    assert_caught(check_loss_equals_whole_logits, mutant("loss", line, broken))
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13 has none")
+def test_loss_equals_torchs_own_in_chunks():
+    x, weight, targets = loss_inputs(dtype=torch.float32)
+    theirs = F.linear_cross_entropy(x, weight, targets,
+                                    options=torch.nn.LinearCrossEntropyOptions())
+    ours = loss.chunked_cross_entropy(x, weight, targets, 7)
+    for a, b in zip((ours, *torch.autograd.grad(ours, (x, weight))),
+                    (theirs, *torch.autograd.grad(theirs, (x, weight)))):
+        close(a, b, 1e-6)
+
+
+def check_loss_in_low_precision(module):
+    """Under both autocasts the errors of bf16 and fp16 products, with loss scale and a mean over
+    many targets, which alone would push most of dz below what fp16 holds."""
+    x, weight, targets = loss_inputs(512, 16, 4096, torch.float32)
+    want = torch.autograd.grad(loss.whole(x, weight, targets), (x, weight))
+    for dtype, limit in (torch.bfloat16, 0.02), (torch.float16, 3e-3):
+        for region in (amp.autocast(dtype), torch.autocast("cpu", dtype)):
+            with region:
+                out = module.chunked_cross_entropy(x, weight, targets, 100)
+            got = [g / 1024 for g in torch.autograd.grad(1024 * out, (x, weight))]
+            for a, b in zip(got, want):
+                assert a.dtype == torch.float32
+                close(a, b, limit * b.abs().max().item(), dtype)
+                norm = a.norm() / b.norm() - 1
+                assert abs(norm) < limit, (dtype, norm)
+
+
+def test_loss_products_are_in_the_type_of_autocast_and_lose_nothing_to_the_mean():
+    check_loss_in_low_precision(loss)
+    assert_caught(check_loss_in_low_precision, mutant(
+        "loss", "nats, dz = nats + some, dz.to(z.dtype)",
+        "nats, dz = nats + some, (dz / 1e6).to(z.dtype).float().mul(1e6).to(z.dtype)"))
+
+
+def check_loss_memory(module):
+    """The peak grows by dx and a few numbers a token, not by logits."""
+    peaks = []
+    for N in (512, 2048):
+        x, weight, targets = loss_inputs(N, 16, 4096, torch.float32)
+        with loss.Peak() as peak, FlopCounterMode(display=False) as counter:
+            module.chunked_cross_entropy(x, weight, targets, 64).backward()
+        assert counter.get_total_flops() == 6 * N * 16 * 4096
+        peaks.append(peak.bytes)
+    assert peaks[1] - peaks[0] <= (2048 - 512) * 4 * (2 * 16 + 8), peaks
+    assert peaks[0] <= 4 * 4096 * (3 * 64 + 2 * 16) + 512 * 200            # three logits, two dW
+
+
+def test_loss_memory_is_that_of_one_chunk_and_flops_are_those_of_logits():
+    check_loss_memory(loss)
+    for line, broken in (("i in range(0, len(x), chunk)", "i in range(0, len(x), len(x) // 8)"),
+                         (".exp_().scatter_add_(", ".exp().scatter_add(")):
+        assert_caught(check_loss_memory, mutant("loss", line, broken))
+
+
+def test_loss_as_compiled_pieces_is_the_same():
+    x, weight, targets = loss_inputs()
+    fast = torch.compile(loss.nats_and_dz, backend="aot_eager")
+    results = []
+    for options in {}, {"per_chunk": fast}:
+        out = loss.chunked_cross_entropy(x, weight, targets, 7, **options)
+        results.append([out, *torch.autograd.grad(out, (x, weight))])
+    for a, b in zip(*results):
+        close(a, b, 1e-14)
+
+
+def test_loss_says_which_input_does_not_fit():
+    x, weight, targets = loss_inputs()
+    for args, message in (((x, weight.T, targets), "pass x"), ((x, weight, targets[1:]), "pass x"),
+                          ((x, weight, targets, 0), "chunk=0")):
+        with pytest.raises(ValueError, match=message):
+            loss.chunked_cross_entropy(*args)
+    none = torch.full_like(targets, -100)
+    assert loss.chunked_cross_entropy(x, weight, none).isnan()              # as torch's
+    assert F.cross_entropy(x @ weight.T, none).isnan()
 
 
 # ------------------------------------------------------------------ ddp.py
@@ -4397,8 +4520,7 @@ def test_amp_masters_are_stepped_in_fp32_and_unscaled_there():
 
 @pytest.mark.parametrize("line, broken", [
     ("master.grad = grad.float() * self.factor", "master.grad = (grad * self.factor).float()"),
-    ("self.factor *= min(max_norm / (norm.item() + 1e-6), 1.0)",
-     "self.factor = min(max_norm / (norm.item() + 1e-6), 1.0)"),
+    ("self.factor = self.factor * (max_norm", "self.factor = (max_norm"),
     ("            self._forget(p, master)\n        self.factor = 1.0",
      "            self._forget(p, master)\n        pass"),
     ("master = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())",
@@ -7122,6 +7244,61 @@ def test_model_stages_refuse_a_memory():
         GPT(Config(**{**SMALL, **OLD, "cross_attention": True})).stage(0, 1)
 
 
+@pytest.fixture
+def graphs():
+    """Compile without a C++ compiler, and count: -> a function, graphs and breaks up to now."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+        yield lambda: (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+    torch._dynamo.reset()
+
+
+def gradients_of(model, tokens, targets):
+    model.zero_grad()
+    loss = model(tokens, targets)[1]
+    loss.backward()
+    return [loss, *(p.grad for p in model.parameters())]
+
+
+def check_model_parts(made, graphs, tied=False):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=50, seq_len=16, layers=4, dim=32, heads=4, kv_heads=2, tied=tied)
+    model, tokens = made(Config(**shape)).double(), torch.randint(50, (3, 16))
+    with torch.no_grad():
+        for p in model.parameters():                        # o and down begin as zeros
+            p.add_(0.1 * torch.randn_like(p))
+    targets = tokens.roll(-1, 1).where(tokens > 5, -100)
+    want = gradients_of(model, tokens, targets)
+    model.loss_chunk = 7
+    for a, b in zip(gradients_of(model, tokens, targets), want):
+        close(a, b, 1e-12, "in chunks")
+    assert model(tokens, targets)[0] is None and model(tokens)[0].shape == (3, 16, 50)
+    model.compile_parts()
+    for a, b in zip(gradients_of(model, tokens, targets), want):
+        close(a, b, 1e-12, "in chunks, compiled")
+    # 4 equal blocks share a graph; the other two are a chunk's: of 7 tokens, and of the last 6
+    assert graphs() == (3, 0), graphs()
+    model.loss_chunk = 0
+    for a, b in zip(gradients_of(model, tokens, targets), want):
+        close(a, b, 1e-12, "compiled")
+    assert graphs() == (4, 0), graphs()
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_model_compiled_by_parts_and_with_its_loss_in_chunks_has_the_same_gradients(graphs, tied):
+    check_model_parts(GPT, graphs, tied)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("block.forward = torch.compile(block.forward)", "pass"),
+    ("if self.loss_chunk and targets is not None", "if False")])
+def test_model_the_check_of_parts_notices(graphs, line, broken):
+    with pytest.raises(AssertionError):
+        check_model_parts(mutant("model", line, broken).GPT, graphs)
+
+
 # ------------------------------------------------------------------ train.py
 
 TINY = ("--layers 2 --dim 32 --heads 2 --seq-len 16 --batch-size 12 --profile-every 0 "
@@ -7967,6 +8144,204 @@ def test_train_a_diverging_run_stops_with_an_error(ranks, corpus, tmp_path):
         ranks.run(_train, 1, argv)
 
 
+# ---- what a large model on a GPU needs
+
+def _train_compiled(argv):
+    """As _train, by the compiler's graphs but without its C++ -> the run, graphs."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    fake = functools.partial(torch.compile, backend="aot_eager")
+    with mock.patch.object(torch, "compile", fake), \
+            mock.patch.object(train, "compilers", lambda: ["one"]), \
+            mock.patch.object(train, "bf16_is_native", lambda device: True):
+        run = _train(argv)
+    return run, counters["stats"]["unique_graphs"]
+
+
+def check_train_compiled(ranks, corpus, out, argv, n, limit):
+    argv = [*TINY, "--data", corpus, "--steps", "3", "--eval-every", "2", *argv]
+    want = ranks.run(_train_low, n, [*argv, "--out", str(out / "plain")])[0]
+    got, graphs = ranks.run(_train_compiled, n, [*argv, "--compile", "--out", str(out / "c")])[0]
+    # All blocks are one graph, the loss another; validation, of other shapes, is not compiled.
+    assert graphs == 2, graphs
+    for a, b in zip(got, want, strict=True):
+        for x, y in zip(a, b):
+            assert x == y or abs(x / y - 1) < limit, (a, b)
+
+
+@pytest.mark.parametrize("argv, n, limit", [
+    ([], 1, 1e-6), (["--zero", "3"], 2, 1e-5), (["--dtype", "bf16", "--dropout", "0.1"], 1, 5e-3)],
+    ids=["fp32", "zero3", "bf16"])
+def test_train_compiled_is_the_same_run_of_two_graphs(ranks, corpus, tmp_path, argv, n, limit):
+    check_train_compiled(ranks, corpus, tmp_path, argv, n, limit)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not train.compilers(), reason="no C++ compiler")
+def test_train_compiled_by_a_real_compiler_is_the_same_run(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "3"]
+    want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "plain")])[0]
+    run = command(*argv, "--compile", "--profile-every", "2", "--out", str(tmp_path / "c"))
+    assert run.returncode == 0, run.stderr
+    for got, (loss, norm, _) in zip(records(tmp_path / "c"), want, strict=True):
+        assert abs(got["loss"] / loss - 1) < 1e-5 and abs(got["grad_norm"] / norm - 1) < 1e-4
+    events = json.loads((tmp_path / "c" / "trace.json").read_text())["traceEvents"]
+    regions = [e for e in events if e.get("name", "").startswith("Torch-Compiled Region")]
+    assert len(regions) == 3, "two blocks and the loss"
+
+
+def test_train_loss_in_chunks_is_the_same_run(ranks, corpus, pairs, tmp_path):
+    for i, argv in enumerate((["--data", corpus], ["--data", corpus, "--dtype", "fp16"],
+                              ["--data", pairs, "--seq-len", "32"],
+                              ["--data", corpus, "--objective", "mlm", "--zero", "3"])):
+        argv = [*TINY, "--steps", "3", "--eval-every", "3", *argv]
+        want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / f"{i}")])[0]
+        for n in (1, 2):
+            got = ranks.run(_train, n, [*argv, "--loss-chunk", "50", "--out",
+                                        str(tmp_path / f"{i} {n}")])[0]
+            for a, b in zip(got, want, strict=True):
+                for x, y in zip(a, b):
+                    limit = 1e-3 if "fp16" in argv else 1e-5
+                    assert x == y or abs(x / y - 1) < limit, (argv, n, a, b)
+
+
+class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+    """What makes the host wait for a GPU: a tensor's value that Python asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.seen += traceback.format_stack()[-4:-1]
+        return func(*args, **(kwargs or {}))
+
+
+def _train_a_step_watched(argv):
+    trainer = train.Trainer(train.parse(argv))
+    with trainer.region():
+        trainer.backward()
+        trainer.update()                                    # makes the optimizers' state
+        with Waits() as waits:
+            trainer.backward()
+            trainer.update()
+            asked = len(waits.seen)
+            float(trainer.first_bad)
+    return asked, len(waits.seen) > asked, waits.seen
+
+
+def test_train_a_step_asks_for_no_value_of_a_tensor(ranks, corpus, tmp_path):
+    """So a GPU never waits for Python, nor Python for it (fp16's scaler must look)."""
+    for argv, n in (([], 1), (["--microbatches", "2", "--loss-chunk", "50"], 1),
+                    (["--zero", "3"], 2), (["--optimizer", "adamw", "--dtype", "bf16"], 1)):
+        asked, notices, where = ranks.run(_train_a_step_watched, n, [
+            *TINY, "--data", corpus, *argv, "--out", str(tmp_path / "a")])[0]
+        assert notices and asked == 0, "".join(where)
+
+
+class Slow:
+    """A number that takes 0.2 s to know, as one that a GPU still computes."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __float__(self):
+        time.sleep(0.2)
+        return float(self.value)
+
+
+def _train_with_a_slow_norm(argv):
+    trainer = train.Trainer(train.parse(argv))
+    trainer.sample = trainer.meter.plot = trainer.export = lambda _: None
+    update = trainer.update
+    trainer.update = lambda: Slow(update())
+    trainer.train()
+    return [r["step_ms"] for r in records(trainer.out)]
+
+
+def test_train_waiting_for_a_gpu_is_time_of_its_steps(ranks, corpus, tmp_path):
+    got = ranks.run(_train_with_a_slow_norm, 1, [*TINY, "--data", corpus, "--steps", "3", "--out",
+                                                 str(tmp_path / "a")])[0]
+    assert all(200 < ms < 1000 for ms in got), got
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_train_on_a_gpu_no_step_waits_for_it(corpus, tmp_path):
+    code = f"""
+import sys, torch, train, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+trainer = train.Trainer(train.parse(sys.argv[1:]))
+for step in range(3):
+    torch.cuda.set_sync_debug_mode("error" if step else "default")
+    with trainer.region():
+        trainer.backward()
+        trainer.update()
+torch.cuda.set_sync_debug_mode("default")
+print("no waits", trainer.step)
+"""
+    run = subprocess.run([sys.executable, "-c", code, *TINY, "--data", corpus, "--loss-chunk", "50",
+                          "--dtype", "bf16", "--out", str(tmp_path / "a")], cwd=HERE,
+                         capture_output=True, text=True, timeout=300)
+    assert "no waits 3" in run.stdout, run.stdout + run.stderr
+
+
+def test_train_presets_are_defaults_of_the_sizes_that_they_name():
+    published = {"gpt2": 124e6, "gpt2-medium": 354e6}       # nanoGPT's counts, without positions
+    for name, parameters in published.items():
+        args = train.parse(["--preset", name, "--no-compile"])
+        config = Config(vocab_size=train.vocabulary(args, 256),
+                        **{key: getattr(args, key) for key in train.SHAPE})
+        attention = 12 * args.layers * args.dim * args.seq_len
+        assert abs(config.flops() / (6 * parameters + attention) - 1) < 0.01
+        assert args.loss_chunk and not args.compile and args.vocab_size % 128 == 0
+    args = train.parse(["--layers", "2", "--preset", "gpt2", "--no-compile", "--dim", "96"])
+    assert (args.layers, args.dim, args.heads) == (2, 96, 12)               # a flag wins
+
+
+def test_train_on_a_tokenizers_tokens_pads_the_vocabulary(ranks, corpus, tmp_path):
+    pytest.importorskip("safetensors", reason="folders: pip install safetensors")
+    folder = bpe(tmp_path / "tokens", vocab=300)
+    size = sft.tokenizer_of(folder).size
+    assert 256 < size <= 300
+    argv = [*TINY, "--data", corpus, "--tokenizer", str(folder), "--steps", "2"]
+    ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "a")], True)
+    config = json.loads((tmp_path / "a" / "model" / "config.json").read_text())
+    assert config["vocab_size"] == 384
+    ranks.run(_train, 1, [*TINY, "--data", corpus, "--init", str(tmp_path / "a" / "model"),
+                          "--steps", "1", "--out", str(tmp_path / "b")])
+    for flags, message in ((["--vocab-size", "200"], f"the tokenizer has {size} tokens"),
+                           (["--init", str(folder)], "--tokenizer goes without --init"),
+                           (["--tokenizer", str(tmp_path)], "no tokenizer.json there")):
+        with pytest.raises(AssertionError, match=message):
+            ranks.run(_train, 1, [*argv, *flags, "--out", str(tmp_path / "c")])
+
+
+def test_train_a_sample_has_no_token_that_the_tokenizer_lacks(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--vocab-size", "4096", "--steps", "1", "--lr", "1e-6"]
+    ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "a")], True)       # most are no bytes
+    assert (tmp_path / "a" / "sample.txt").read_text().startswith("\n")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--loss-chunk", "-1"], "at least 0"), (["--loss-chunk", "9", "--tp", "2"], "not with --tp"),
+    (["--loss-chunk", "9", "--pp", "2"], "not with --tp or --pp"),
+    (["--compile", "--recompute", "selective"], "a compiled block hides"),
+    (["--compile", "--pp", "2", "--schedule", "zb-h1"], "a compiled block hides"),
+    (["--vocab-size", "0"], "at least 1"),
+    (["--tokenizer", "x", "--objective", "mlm"], "with --objective causal")])
+def test_train_refuses_what_does_not_go_together_for_large_models(argv, message):
+    with pytest.raises(ValueError, match=message):
+        train.parse(argv)
+
+
+def test_train_says_that_a_compiler_is_missing():
+    with mock.patch.object(train, "compilers", lambda: []), \
+            pytest.raises(ValueError, match=r"needs a C\+\+ compiler on a CPU"):
+        train.parse(["--compile", "--device", "cpu"])
+
+
 # ------------------------------------------------------------------ faults
 
 FAULTS = '''
@@ -8440,14 +8815,17 @@ TECHNIQUES = {
     "bf16": ("--dtype bf16", 1, {"fp16", "fp8"}), "fp16": ("--dtype fp16", 1, {"bf16", "fp8"}),
     "fp8": ("--dtype fp8", 1, {"bf16", "fp16"}), "Muon": ("--optimizer muon", 1, set()),
     "masked (BERT)": ("--objective mlm", 1, set()), "pairs": ("--data pairs.jsonl", 1, set()),
-    "LoRA": ("--init out/model --peft lora", 1, set())}
+    "LoRA": ("--init out/model --peft lora", 1, set()),
+    "compiled": ("--compile", 1, set()), "loss in chunks": ("--loss-chunk 50", 1, set())}
 REFUSED = [({"tensor parallel", "sequence parallel"}, ZEROS, "--tp goes without --zero"),
            (ZEROS | {"tensor parallel", "sequence parallel"}, {"Muon"}, "Muon needs whole"),
            (PIPELINES, {"ZeRO-2", "ZeRO-3"}, "2 and 3 send in every microbatch"),
            ({"interleaved"}, {"microbatches"}, "goes in rounds"),          # 3 of 2 processes
            ({"zero-bubble H1"}, {"fp8"}, "only F.linear splits its backward"),
            ({"LoRA"}, {"Muon", "fp8"}, "--peft goes with --optimizer adamw, and without"),
-           ({"LoRA", "pairs"}, {"masked (BERT)"}, "goes with --objective causal")]
+           ({"LoRA", "pairs"}, {"masked (BERT)"}, "goes with --objective causal"),
+           ({"compiled"}, {"zero-bubble H1"}, "a compiled block hides"),
+           ({"loss in chunks"}, PIPELINES | {"tensor parallel", "sequence parallel"}, "--tp or")]
 TOGETHER = [                                                            # three and more, 4 ranks
     ("data parallel", "sequence parallel", "recomputation", "bf16", "experts"),
     ("expert parallel", "sequence parallel", "microbatches"),
@@ -8460,7 +8838,8 @@ TOGETHER = [                                                            # three 
     ("sequence parallel", "1F1B", "LoRA", "pairs"),
     ("data parallel", "interleaved", "Muon", "recomputation", "experts"),
     ("data parallel", "zero-bubble H1", "masked (BERT)", "Muon"),
-    ("ZeRO-2", "masked (BERT)", "microbatches", "bf16")]
+    ("ZeRO-2", "masked (BERT)", "microbatches", "bf16"),
+    ("data parallel", "compiled", "loss in chunks", "bf16", "recomputation", "microbatches")]
 CHANGES_THE_RUN = ("experts", "Muon", "masked (BERT)", "pairs", "LoRA", "bf16", "fp16", "fp8")
 
 
@@ -8489,6 +8868,7 @@ def composition_table():
 def _compose(argv):
     """Train 20 steps -> what each logged; no checkpoints: they are tested elsewhere."""
     dist.barrier()                  # who is refused leaves: not while others are still connecting
+    torch._dynamo.reset()           # else the eighth model of a process would not be compiled
     with (mock.patch.object(train, "bf16_is_native", lambda device: True),
           mock.patch.object(resume.Saver, "save")):
         trainer = train.Trainer(train.parse(argv))
@@ -9166,14 +9546,14 @@ def test_heard_prefix_tuning_puts_vectors_before_the_text(quoted):
 
 # ------------------------------------------------------------------ the house
 
-PARTS = {"rope", "flash_attn", "flash_triton", "muon", "ddp", "zero", "tp", "pp", "amp",
+PARTS = {"rope", "flash_attn", "flash_triton", "muon", "loss", "ddp", "zero", "tp", "pp", "amp",
          "checkpoint", "moe", "peft", "sft", "data", "resume", "metrics"}
 MAY_IMPORT = {name: set() for name in PARTS} | {
     "flash_attn": {"flash_triton"},                         # if it is there: a backend
-    "model": {"rope", "flash_attn", "tp", "moe", "checkpoint"},
+    "model": {"rope", "flash_attn", "tp", "moe", "checkpoint", "loss"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics"}}
-LONGEST = {"model": 790, "train": 895, "resume": 420, "metrics": 890, "checkpoint": 640,
+LONGEST = {"model": 810, "train": 965, "resume": 420, "metrics": 890, "checkpoint": 640,
            "zero": 605, "tp": 570, "pp": 800, "amp": 910, "ddp": 310, "moe": 565, "peft": 920,
            "sft": 340}                                                  # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}

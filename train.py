@@ -14,6 +14,7 @@
     python train.py --init out/model --data pairs.jsonl --out tuned     prompts, completions: sft.py
     python train.py --resume            go on from the last checkpoint, with the run's own settings
     python train.py --objective mlm     masked (BERT) instead of causal (GPT) language modelling
+    python train.py --preset gpt2       a larger model, for a GPU: GPT-2's sizes, compiled, in bf16
 
 --out (default out/) receives metrics.jsonl, loss.png, sample.txt, the best and the last two
 checkpoints, and at the end model/, a folder that transformers reads, or with --peft adapter/, one
@@ -39,6 +40,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 import zlib
 
 import torch
@@ -53,7 +55,7 @@ from data import MASK, Windows, examples, standard_library, text_file
 from ddp import DDP
 from metrics import (CHIPS, Meter, Shape, held, memory_now, peak_flops, plan, print_plans, profiled,
                      report, scores)
-from model import GPT, Config, config_of, hf_name
+from model import GPT, TOKENIZER, Config, config_of, hf_name
 from muon import Muon
 from pp import NAMES, Pipeline, schedule
 from sft import Bytes, Pairs, pairs_file, tokenizer_of
@@ -67,6 +69,14 @@ SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "drop
 LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "pp", "schedule", "chunks", "ep", "device",
           "out", "resume", "timeout", "plan", "profile_every")          # not resumed
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+PRESETS = {     # defaults of flags; the vocabulary: GPT-2's 50257 tokens, to a multiple of 128
+    "shakespeare": dict(layers=6, dim=384, heads=6, kv_heads=6, seq_len=256, batch_size=64,
+                        dropout=0.2, lr=0.02, dtype="bf16", steps=400, eval_every=50),
+    "gpt2": dict(layers=12, dim=768, heads=12, kv_heads=12, seq_len=1024, vocab_size=50304,
+                 batch_size=512, microbatches=16, loss_chunk=8192, compile=True, dtype="bf16"),
+    "gpt2-medium": dict(layers=24, dim=1024, heads=16, kv_heads=16, seq_len=1024, vocab_size=50304,
+                        batch_size=512, microbatches=32, loss_chunk=8192, compile=True,
+                        dtype="bf16")}
 LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
@@ -132,7 +142,10 @@ class Trainer:
         taken = self.out.is_file() or self.out.is_dir() and any(self.out.iterdir())
         if taken and not self.log.exists():
             raise ValueError(f"--out {self.out} holds something that is no run: name another")
-        self.tokenizer = tokenizer_of(args.init) if args.init else Bytes()
+        folder = args.init or args.tokenizer
+        self.tokenizer = tokenizer_of(folder) if folder else Bytes()
+        if args.tokenizer and isinstance(self.tokenizer, Bytes):
+            raise ValueError(f"--tokenizer {folder}: no tokenizer.json there")
         data = self.read_data()
         causal = args.objective == "causal"
         if args.init:
@@ -144,7 +157,7 @@ class Trainer:
             for name in SHAPE:
                 setattr(args, name, getattr(config, name) if name != "seq_len" else args.seq_len)
         else:
-            config = Config(vocab_size=256 if causal else 264, causal=causal,   # MASK and padding
+            config = Config(vocab_size=vocabulary(args, self.tokenizer.size), causal=causal,
                             **{name: getattr(args, name) for name in SHAPE})
         if self.dp % args.ep or args.ep > 1 and not args.experts:
             raise ValueError(f"--ep {args.ep}: experts are spread over ranks with other data: use "
@@ -180,11 +193,18 @@ class Trainer:
         if low == torch.bfloat16 and not bf16_is_native(args.device):
             say(f"note   no bf16 instruction on this {args.device}: what would be bf16 is fp32")
             low = None
-        self.region = functools.partial(autocast, low) if low else contextlib.nullcontext
+        self.region = contextlib.nullcontext
+        if low:                         # the same, but torch.compile sees through torch's alone
+            self.region = functools.partial(*[torch.autocast, args.device] if args.compile else
+                                            [autocast], low)
         if args.dtype == "fp8":
             convert_to_float8(self.model, skip=("head", "*.router"))
         if args.peft:
             peft.adapt(self.model, args.peft, seed=args.seed)
+        self.model.loss_chunk = args.loss_chunk
+        if args.compile:
+            warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+            self.model.compile_parts()
         with self.region():
             self.model.set_recompute(args.recompute, args.batch_size // parts)
         self.scaler = DynamicLossScaler() if args.dtype == "fp16" else None
@@ -358,6 +378,7 @@ class Trainer:
         return most.item()
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")       # other numbers of rows would be other graphs
     def evaluate(self, most=None):
         """Mean nats per target over all validation windows, or about `most` evenly spaced ones."""
         self.model.eval()
@@ -369,7 +390,7 @@ class Trainer:
             rows = [*mine, numbers[0]][:-(-len(part) // self.dp)]       # as many on all ranks
             x, y = self.examples(self.val_windows, rows)
             y = torch.cat([y[:len(mine)], torch.full_like(y[len(mine):], -100)])
-            x, y = x.to(self.args.device), y.to(self.args.device)
+            x, y = self.to_device(x, y)
             with self.region():
                 loss = self.evaluation.evaluate(x, y) if self.pipeline else self.model(x, y)[1]
             predicted = (y != -100).sum().item()
@@ -384,6 +405,12 @@ class Trainer:
             if isinstance(windows, Pairs):
                 return windows.examples(numbers)
             return examples(windows, numbers, self.args.objective)
+
+    def to_device(self, *tensors):
+        """To a GPU from pinned memory: it copies while it still computes, and nobody waits."""
+        if self.args.device == "cuda":
+            tensors = [t.pin_memory() for t in tensors]
+        return [t.to(self.args.device, non_blocking=True) for t in tensors]
 
     def weight(self, targets):
         """Of a part's mean loss: its number of targets / that of an average part of the step."""
@@ -409,14 +436,14 @@ class Trainer:
         if self.pipeline:
             x, y = self.examples(self.windows, range(begin, begin + rows))
             with self.parallel.no_sync():
-                total = self.pipeline.step(x.to(args.device), y.to(args.device))
+                total = self.pipeline.step(*self.to_device(x, y))
         size = rows // self.microbatches
         for i in range(0 if self.pipeline else self.microbatches):
             part = range(begin + i * size, begin + (i + 1) * size)
             x, y = self.examples(self.windows, part)
             last = i == self.microbatches - 1
             with contextlib.nullcontext() if last else self.parallel.no_sync():
-                loss = self.parallel(x.to(args.device), y.to(args.device))[1]
+                loss = self.parallel(*self.to_device(x, y))[1]
                 loss = loss / self.microbatches * (self.scale * self.weight(y))
                 loss.backward()
             total = total + loss.detach()
@@ -473,13 +500,15 @@ class Trainer:
                     spent = self.memory_split()
                 with record_function("update"):
                     norm = self.update()
+                log, check, keep = (self.step % every == 0 or self.step == args.steps
+                                    for every in (args.log_every, args.eval_every, args.save_every))
+                if log or check or keep:
+                    norm = float(norm)      # waits for a GPU here: its time is that of the steps
             if look and self.rank == 0:
                 widest = max(self.dp, args.tp, args.pp)     # else groups are of several sizes
                 spent |= report(json.loads(trace.read_text()),
                                 self.world if widest == self.world and args.ep == 1 else None)
             stopping = bool(self.max_over_ranks(self.stop) if self.world > 1 else self.stop)
-            log, check, keep = (self.step % every == 0 or self.step == args.steps
-                                for every in (args.log_every, args.eval_every, args.save_every))
             keep = keep or stopping
             if not (log or check or keep):
                 continue
@@ -585,6 +614,9 @@ class Trainer:
                 pairs = isinstance(self.windows, Pairs) and isinstance(self.tokenizer, Bytes)
                 more = {"eos_token_id": self.tokenizer.end} if pairs else {}
                 model.save_pretrained(self.out / "model", copy_from=self.args.init, **more)
+                for name in TOKENIZER if self.args.tokenizer else ():
+                    if pathlib.Path(self.args.tokenizer, name).is_file():
+                        shutil.copy(pathlib.Path(self.args.tokenizer, name), self.out / "model")
         except (ValueError, ImportError, OSError) as reason:
             say(f"note   no folder to share: {reason}")
 
@@ -602,12 +634,23 @@ class Trainer:
         else:
             tokens = examples(self.val_windows, [0], "mlm")[0].to(self.args.device)
             tokens = tokens.where(tokens != MASK, model(tokens)[0][..., :MASK].argmax(-1))
-        tokens = tokens[0].tolist()
+        tokens = [token for token in tokens[0].tolist() if token < self.tokenizer.size]
         if isinstance(self.windows, Pairs) and self.tokenizer.end in tokens[len(self.prompt):]:
             tokens = tokens[:tokens.index(self.tokenizer.end, len(self.prompt))]
         text = self.tokenizer.decode(tokens)
         (self.out / "sample.txt").write_text(text)
         say(f"{' a sample of what it writes ':-^80}\n{text.strip()}\n{'':-^80}")
+
+
+def vocabulary(args, tokens):
+    """Rows of embedding and head: more than there are tokens, where that makes them multiples of
+    128, which matmuls on a GPU like; a masked model also needs MASK."""
+    if args.objective == "mlm":
+        return 264                                  # bytes, MASK, padding for fp8
+    size = args.vocab_size or (256 if tokens == 256 else -(-tokens // 128) * 128)
+    if size < tokens:
+        raise ValueError(f"--vocab-size {size}: the tokenizer has {tokens} tokens")
+    return size
 
 
 def folder_config(folder, seq_len, tokens):
@@ -637,6 +680,11 @@ def fail(message):
     sys.exit(2)
 
 
+def compilers():
+    """What torch.compile can use on a CPU."""
+    return [name for name in (os.environ.get("CXX", "g++"), "clang++") if shutil.which(name)]
+
+
 def recompute(text):
     if text in ("none", "full", "selective"):
         return text
@@ -653,6 +701,11 @@ def parse(argv):
     add("--data", help="text file, or *.jsonl of pairs, {\"prompt\": ..., \"completion\": ...}; "
         "default: the Python standard library's source")
     add("--objective", choices=("causal", "mlm"), default="causal", help="next or hidden bytes")
+    add("--preset", choices=tuple(PRESETS), help="other defaults: shakespeare, a small model with "
+        "dropout for a small text; gpt2, gpt2-medium: the sizes of these, for one large GPU")
+    add("--tokenizer", help="folder with a tokenizer.json; default: that of --init, else bytes")
+    add("--vocab-size", type=int, help="rows of embedding and head; default: the tokenizer's size, "
+        "to a multiple of 128; bytes: 256")
     add("--init", help="start from the model of this folder, instead of at random; it gives the "
         "shape, too")
     add("--peft", choices=tuple(peft.METHODS), help="with --init: train only this beside it")
@@ -688,6 +741,10 @@ def parse(argv):
         "emulated on a CPU, bf16 only used if it has the instruction")
     add("--recompute", type=recompute, default="none", help="what backward computes again, to save "
         "memory: none, full, selective (not matmuls and attention), or the share kept, 0 to 1")
+    add("--loss-chunk", type=int, default=0, help="tokens whose logits exist at once, to save "
+        "memory with a large vocabulary; 0: all")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile for "
+        "each block and the loss: faster steps, after a minute of compiling")
     add("--nproc", type=int, default=1, help="processes to start on this machine")
     add("--tp", type=int, default=1, help="processes that split every layer")
     add("--sequence-parallel", action="store_true", help="with --tp: norms, residual stream, too")
@@ -709,6 +766,9 @@ def parse(argv):
     add("--plan", choices=tuple(CHIPS), help="do not train: print memory, traffic and time of this "
         "run, if each process had such a GPU")
     args = parser.parse_args(argv)
+    if args.preset:
+        parser.set_defaults(**PRESETS[args.preset])
+        args = parser.parse_args(argv)
     if args.resume:                                     # the run's own settings are the defaults
         if not resume.saved(args.out):
             raise ValueError(f"--resume: no checkpoint in {args.out}; start without --resume")
@@ -746,6 +806,19 @@ def parse(argv):
     if args.dtype == "fp8" and args.schedule == "zb-h1":
         raise ValueError("--dtype fp8 goes without --schedule zb-h1: only F.linear splits its "
                          "backward; use 1f1b")
+    if args.loss_chunk < 0 or args.loss_chunk and (args.tp > 1 or args.pp > 1):
+        raise ValueError(f"--loss-chunk {args.loss_chunk}: tokens, at least 0; not with --tp or "
+                         f"--pp, where a rank has fewer logits anyway")
+    if args.compile and (args.recompute == "selective" or args.schedule == "zb-h1"):
+        raise ValueError("--compile goes without --recompute selective and --schedule zb-h1: they "
+                         "act on single operators, which a compiled block hides")
+    if args.compile and args.device == "cpu" and not compilers():
+        raise ValueError("--compile needs a C++ compiler on a CPU: install g++, or set CXX")
+    if args.tokenizer and (args.init or args.objective != "causal"):
+        raise ValueError("--tokenizer goes without --init, which has its own, and with --objective "
+                         "causal")
+    if args.vocab_size is not None and (args.init or args.vocab_size < 1):
+        raise ValueError(f"--vocab-size {args.vocab_size}: at least 1, and without --init")
     if args.pp > 1 and args.zero > 1:
         raise ValueError("--pp goes with --zero 0 or 1: 2 and 3 send in every microbatch")
     return args
@@ -753,7 +826,9 @@ def parse(argv):
 
 def print_plan(args):
     """What metrics.py's planner expects of this run. ValueError: it does not know such models."""
-    config = Config(vocab_size=256, **{name: getattr(args, name) for name in SHAPE})
+    tokens = tokenizer_of(args.tokenizer).size if args.tokenizer else 256
+    config = Config(vocab_size=vocabulary(args, tokens),
+                    **{name: getattr(args, name) for name in SHAPE})
     if args.init:
         config = folder_config(args.init, args.seq_len, 0)
     if args.peft or config.shared_experts or config.moe_every > 1:

@@ -224,7 +224,7 @@ class Zero(nn.Module):
         in_blocks = [unit for (block, _), unit in units.items() if block]
         self.order = in_blocks[::-1] + self.units[len(in_blocks):]      # about that of backward
         self.optimizer = optimizer_cls([unit.master for unit in self.units], **optimizer_kwargs)
-        self.in_flight, self.next, self.factor, self.accumulating = self.units[0], 0, 1.0, False
+        self.in_flight, self.next, self.factor, self.accumulating = self.units[0], 0, None, False
         for i, ((block, _), unit) in enumerate(units.items()):
             for p in unit.params:
                 p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, unit))
@@ -306,7 +306,7 @@ class Zero(nn.Module):
         dist.all_reduce(total, group=self.group)
         norm = total.sqrt() if whole is None else whole(total.sqrt())
         norm = norm / loss_scale
-        self.factor = min(1.0, max_norm / (norm.item() + 1e-6)) / loss_scale
+        self.factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / loss_scale       # no waiting
         return norm
 
     @torch.no_grad()
@@ -315,7 +315,7 @@ class Zero(nn.Module):
         for unit in self.units:                 # one by one: one gradient in float32 at a time
             if unit.grad is not None:
                 grad = unit.grad.to(unit.master)
-                unit.master.grad = grad if self.factor == 1 else grad * self.factor
+                unit.master.grad = grad if self.factor is None else grad * self.factor
                 self.optimizer.step()           # it skips parameters without gradient
                 unit.master.grad = None
                 unit.publish()
@@ -323,7 +323,7 @@ class Zero(nn.Module):
             unit.wait()
 
     def zero_grad(self):
-        self.factor = 1.0
+        self.factor = None
         for unit in self.units:
             unit.grad = None
         for p in self.trained:
