@@ -800,7 +800,8 @@ def parse(argv):
         raise ValueError("--zero and --tp cut the matrices that Muon needs whole: drop them, or "
                          "train with --optimizer adamw")
     if args.tp > 1 and args.zero or args.sequence_parallel and args.tp == 1:
-        raise ValueError("--tp goes without --zero, and --sequence-parallel with --tp only")
+        raise ValueError("--tp goes without --zero, which is not written for parts of matrices, "
+                         "and --sequence-parallel with --tp only")
     if args.pp == 1 and (args.schedule != "1f1b" or args.chunks > 1):
         raise ValueError("--schedule and --chunks go with --pp only")
     if args.dtype == "fp8" and args.schedule == "zb-h1":
