@@ -229,7 +229,7 @@ def traffic(trace, ranks=None):
 def time_split(trace):
     """Shares of a step -> {compute, exposed_communication, data, rest}, their sum is 1, and
     communication, also what is hidden behind computing. On a GPU compute is its kernels' time; on a
-    CPU that of torch's operations (what is between them, Python, is in the rest)."""
+    CPU that of torch's operations and compiled graphs (Python between them is in the rest)."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
 
     def spans(keep):
@@ -240,8 +240,8 @@ def time_split(trace):
     busy = spans(lambda kind, name: kind in ("kernel", "gpu_memcpy", "gpu_memset")
                  and not name.startswith("nccl"))
     if not busy:
-        busy = without(spans(lambda kind, name: kind == "cpu_op" and name.startswith("aten::")),
-                       data)
+        busy = without(spans(lambda kind, name: kind == "cpu_op" and name.startswith("aten::")
+                             or name.startswith("## Call CompiledFxGraph")), data)
     if not step:                                            # somebody else's trace: all of it
         step = [(min(e["ts"] for e in events), max(e["ts"] + e["dur"] for e in events))]
     outside = without([(-math.inf, math.inf)], step)

@@ -6169,13 +6169,14 @@ def check_trace(m):
         event("gloo:all_reduce", 1550, 1700, **{"Input Dims": [[4]], "Input type": ["c10::Half"]}),
         event("gloo:all_gather", 1750, 1800, **{"Input Dims": [[3]], "Input type": ["long int"]}),
         event("gloo:barrier", 2500, 2600), event("aten::mm", 500, 900, "cpu_op"),  # other steps
+        event("## Call CompiledFxGraph f2a ##", 1850, 1900),                # of torch.compile
         memory_event(1100, 100, 1), memory_event(1200, 50, 2), memory_event(1300, -100, 1),
         memory_event(1400, 30, 3), memory_event(1450, -7, 9), memory_event(1500, 70, 1),
         memory_event(1600, -50, 2), memory_event(1650, -70, 1), memory_event(1950, 999, 4),
         memory_event(1960, -999, 4), memory_event(1970, -30, 3)]}
     split = m.time_split(gloo)
-    assert split == pytest.approx({"compute": 0.4, "exposed_communication": 0.25, "data": 0.1,
-                                   "rest": 0.25, "communication": 0.45}, abs=1e-12), split
+    assert split == pytest.approx({"compute": 0.45, "exposed_communication": 0.25, "data": 0.1,
+                                   "rest": 0.2, "communication": 0.45}, abs=1e-12), split
     # 3 is a gradient: alive when the update begins. 1 and 2: 100 + 50, then 50 + 70.
     assert m.activation_bytes(gloo) == 150
     got = m.traffic(gloo, 4)
@@ -6222,8 +6223,10 @@ def test_metrics_a_trace_gives_time_traffic_and_memory():
     ('size *= (n or 1) if kind == "all_gather" else 1', "pass"),
     ("busy = without(busy, outside)", "pass"),
     ("exposed = without(sending, busy)", "exposed = sending"),
-    ('name.startswith("aten::")),', 'name),'), ('["Device Type"] == device and', '["Bytes"] and'),
-    ('and e["ts"] < until)', ')'), ("                       data)", "                       [])"),
+    ('kind == "cpu_op" and name.startswith("aten::")', 'kind == "cpu_op"'),
+    ('name.startswith("## Call CompiledFxGraph")', 'False'),
+    ('["Device Type"] == device and', '["Bytes"] and'),
+    ('and e["ts"] < until)', ')'), ('CompiledFxGraph")), data)', 'CompiledFxGraph")), [])'),
     ("elif address in made:", "elif True:"), ('for way in ("In", "Out")', 'for way in ["Out"]'),
     ("seconds_of(span for *_, span in calls)", "sum(b - a for *_, (a, b) in calls) / 1e6")])
 def test_metrics_the_trace_check_notices(line, broken):
@@ -8191,6 +8194,13 @@ def test_train_compiled_by_a_real_compiler_is_the_same_run(ranks, corpus, tmp_pa
     assert len(regions) == 3, "two blocks and the loss"
 
 
+def _train_in_chunks(argv):
+    """-> the run, and the sizes of chunks that it has asked for."""
+    with mock.patch.object(model_module, "chunked_cross_entropy",
+                           wraps=loss.chunked_cross_entropy) as asked:
+        return _train(argv), {call.args[3] for call in asked.call_args_list}
+
+
 def test_train_loss_in_chunks_is_the_same_run(ranks, corpus, pairs, tmp_path):
     for i, argv in enumerate((["--data", corpus], ["--data", corpus, "--dtype", "fp16"],
                               ["--data", pairs, "--seq-len", "32"],
@@ -8198,8 +8208,9 @@ def test_train_loss_in_chunks_is_the_same_run(ranks, corpus, pairs, tmp_path):
         argv = [*TINY, "--steps", "3", "--eval-every", "3", *argv]
         want = ranks.run(_train, 1, [*argv, "--out", str(tmp_path / f"{i}")])[0]
         for n in (1, 2):
-            got = ranks.run(_train, n, [*argv, "--loss-chunk", "50", "--out",
-                                        str(tmp_path / f"{i} {n}")])[0]
+            got, chunks = ranks.run(_train_in_chunks, n, [*argv, "--loss-chunk", "50", "--out",
+                                                          str(tmp_path / f"{i} {n}")])[0]
+            assert chunks == {50}
             for a, b in zip(got, want, strict=True):
                 for x, y in zip(a, b):
                     limit = 1e-3 if "fp16" in argv else 1e-5
