@@ -647,7 +647,7 @@ def vocabulary(args, tokens):
     128, which matmuls on a GPU like; a masked model also needs MASK."""
     if args.objective == "mlm":
         return 264                                  # bytes, MASK, padding for fp8
-    size = args.vocab_size or (256 if tokens == 256 else -(-tokens // 128) * 128)
+    size = args.vocab_size or -(-tokens // 128) * 128
     if size < tokens:
         raise ValueError(f"--vocab-size {size}: the tokenizer has {tokens} tokens")
     return size
@@ -818,8 +818,10 @@ def parse(argv):
     if args.tokenizer and (args.init or args.objective != "causal"):
         raise ValueError("--tokenizer goes without --init, which has its own, and with --objective "
                          "causal")
-    if args.vocab_size is not None and (args.init or args.vocab_size < 1):
-        raise ValueError(f"--vocab-size {args.vocab_size}: at least 1, and without --init")
+    if args.vocab_size is not None and (
+            args.vocab_size < 1 or args.init or args.objective != "causal"):
+        raise ValueError(f"--vocab-size {args.vocab_size}: at least 1, without --init, and with "
+                         f"--objective causal")
     if args.pp > 1 and args.zero > 1:
         raise ValueError("--pp goes with --zero 0 or 1: 2 and 3 send in every microbatch")
     return args
