@@ -164,10 +164,13 @@ class DDP(nn.Module):
         # In a copy: a tensor of autograd's may be another parameter's too, or expanded from one.
         flat = bucket[0].new_empty(sum(p.numel() for p in bucket) + len(bucket))
         *parts, used = flat.split([p.numel() for p in bucket] + [len(bucket)])
-        used.copy_(torch.tensor([p.grad is not None for p in bucket]))
+        used.fill_(1)                           # not copied from a list: a GPU would be waited for
         group = self.group_of(bucket[0])
-        for p, part in zip(bucket, parts):      # divide once; fp16 might not hold the sum
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for i, (p, part) in enumerate(zip(bucket, parts)):
+            grad = p.grad
+            if grad is None:
+                grad, used[i] = torch.zeros_like(p), 0
+            # Divide once: fp16 might not hold the sum.
             torch.div(grad.reshape(-1), dist.get_world_size(group), out=part)
         self._sent.append((flat, dist.all_reduce(flat, group=group, async_op=True)))
 

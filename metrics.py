@@ -351,7 +351,7 @@ class Shape:
 
 
 def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, recompute=False,
-         ep=1, kinds=(2, 2, 12)):
+         ep=1, kinds=(2, 2, 12), loss_chunk=0):
     """What a step of `batch` sequences on dp x tp x pp GPUs needs, of the fullest rank, the first
     stage -> dict: bytes of weights, gradients, optimizer, activations, memory; send (bytes by tp,
     by dp, by ep); bubble (idle / busy); seconds, mfu.
@@ -359,8 +359,8 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
     zero: 0 to 3. kinds: bytes of weights, gradients and optimizer state for a parameter, mixed
     precision with Adam. Tensor parallelism, with its sequence parallelism, is not overlapped, nor
     are experts' all-to-alls, of ep ranks with other data; data parallelism is, with one
-    microbatch's backward (ZeRO-3: with all). Experts' load is even. ValueError: what cannot be cut
-    so."""
+    microbatch's backward (ZeRO-3: with all). Experts' load is even. loss_chunk: see loss.py.
+    ValueError: what cannot be cut so."""
     peak, _, near, far, efficiency = CHIPS[chip]
     m, layers = batch // (dp * microbatch), shape.layers / pp
     if m < 1 or batch % (dp * microbatch) or shape.heads % tp or shape.layers % (pp * chunks):
@@ -386,7 +386,9 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
     waiting = min(pp, m) * (1 + (pp - 1) / (pp * chunks) if chunks > 1 else 1)
     width = kinds[0] * microbatch * T
     activations = width * (layers * kept * waiting + (shape.activations(tp) if recompute else 0))
-    if pp == 1:                                 # logits, and in fp32 their softmax
+    if pp == 1 and loss_chunk:                  # three times in fp32; gradients of the head, twice
+        activations += 12 * min(microbatch * T, loss_chunk) * shape.vocab + 8 * shape.vocab * C
+    elif pp == 1:                               # logits, and in fp32 their softmax
         activations += microbatch * T * shape.vocab / tp * (kinds[0] + 4)
 
     work = batch / dp * T * shape.flops() / (tp * pp) * (4 / 3 if recompute else 1)

@@ -435,7 +435,8 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """torch.compile for each block, equal ones sharing a graph, and for the loss. Not for all
-        of the model at once: gradients are then ready, and sent, block by block."""
+        of the model at once: gradients are then ready, and sent, block by block. After
+        set_recompute(), which measures blocks; a model to be copied: copy it before."""
         for block in self.blocks:
             if block is not None:                           # not block.compile(): hooks stay out
                 block.forward = torch.compile(block.forward)
@@ -562,6 +563,8 @@ class GPT(nn.Module):
         loss_chunk and targets there are no logits (loss.py)."""
         x = self.features(tokens, memory, cache)
         if self.loss_chunk and targets is not None:
+            if tp_size(self.tp_group) > 1:
+                raise ValueError("loss_chunk needs whole columns of logits: not with a tp_group")
             return None, chunked_cross_entropy(x, self.head.weight, targets, self.loss_chunk,
                                                per_chunk=self.loss_of_chunk)
         logits = self.head(x)

@@ -371,7 +371,7 @@ def after_model(model, args, kwargs, output):   # always called; logits of the t
     if torch.is_tensor(output):
         return cut(output)
     if isinstance(output, tuple):
-        return cut(output[0]), *output[1:]
+        return output[0] if output[0] is None else cut(output[0]), *output[1:]
     output["logits"] = cut(output["logits"])
     return output
 

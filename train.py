@@ -142,16 +142,15 @@ class Trainer:
         taken = self.out.is_file() or self.out.is_dir() and any(self.out.iterdir())
         if taken and not self.log.exists():
             raise ValueError(f"--out {self.out} holds something that is no run: name another")
-        folder = args.init or args.tokenizer
-        self.tokenizer = tokenizer_of(folder) if folder else Bytes()
-        if args.tokenizer and isinstance(self.tokenizer, Bytes):
-            raise ValueError(f"--tokenizer {folder}: no tokenizer.json there")
+        self.tokenizer = tokenizer_for(args)
+        given = args.init or args.tokenizer
+        if given and self.out.resolve() in pathlib.Path(given).resolve().parents and (
+                not args.resume):
+            raise ValueError(f"{given} lies in --out {args.out}, which is moved aside: name "
+                             f"another --out")
         data = self.read_data()
         causal = args.objective == "causal"
         if args.init:
-            if self.out.resolve() in pathlib.Path(args.init).resolve().parents and not args.resume:
-                raise ValueError(f"--init {args.init} lies in --out {args.out}, which is moved "
-                                 f"aside: name another --out")
             more = 16 if args.peft in ("prompt", "p_tuning") else 0         # peft.py's length
             config = folder_config(args.init, args.seq_len + more, self.tokenizer.size)
             for name in SHAPE:
@@ -202,11 +201,13 @@ class Trainer:
         if args.peft:
             peft.adapt(self.model, args.peft, seed=args.seed)
         self.model.loss_chunk = args.loss_chunk
+        with self.region():
+            self.model.set_recompute(args.recompute, args.batch_size // parts)
+        self.eager = contextlib.nullcontext
         if args.compile:
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
             self.model.compile_parts()
-        with self.region():
-            self.model.set_recompute(args.recompute, args.batch_size // parts)
+            self.eager = functools.partial(torch.compiler.set_stance, "force_eager")
         self.scaler = DynamicLossScaler() if args.dtype == "fp16" else None
         self.optimizers, trained_by = build_optimizers(self.model, args)
         self.zero = self.pipeline = None
@@ -378,7 +379,6 @@ class Trainer:
         return most.item()
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")       # other numbers of rows would be other graphs
     def evaluate(self, most=None):
         """Mean nats per target over all validation windows, or about `most` evenly spaced ones."""
         self.model.eval()
@@ -391,7 +391,7 @@ class Trainer:
             x, y = self.examples(self.val_windows, rows)
             y = torch.cat([y[:len(mine)], torch.full_like(y[len(mine):], -100)])
             x, y = self.to_device(x, y)
-            with self.region():
+            with self.region(), self.eager():       # other numbers of rows would be other graphs
                 loss = self.evaluation.evaluate(x, y) if self.pipeline else self.model(x, y)[1]
             predicted = (y != -100).sum().item()
             if predicted:
@@ -407,10 +407,10 @@ class Trainer:
             return examples(windows, numbers, self.args.objective)
 
     def to_device(self, *tensors):
-        """To a GPU from pinned memory: it copies while it still computes, and nobody waits."""
-        if self.args.device == "cuda":
-            tensors = [t.pin_memory() for t in tensors]
-        return [t.to(self.args.device, non_blocking=True) for t in tensors]
+        """To a GPU from pinned memory: Python goes on, and does not wait until it has copied."""
+        if self.args.device == "cuda":              # elsewhere the source might be gone too early
+            return [t.pin_memory().to("cuda", non_blocking=True) for t in tensors]
+        return [t.to(self.args.device) for t in tensors]
 
     def weight(self, targets):
         """Of a part's mean loss: its number of targets / that of an average part of the step."""
@@ -489,10 +489,10 @@ class Trainer:
         """Step until --steps, or until self.stop on some rank; every so often a log line, a
         validation, a checkpoint. -> Did it get to --steps?"""
         args, stopping, spent = self.args, False, {}
+        begin = min(9, args.profile_every - 1)              # of profiling: the tenth step, ...
         trace = self.out / "trace.json" if self.rank == 0 else None
         while self.step < args.steps and not stopping:
-            look = args.profile_every and self.step % args.profile_every == min(
-                9, args.profile_every - 1)                  # the tenth step, and so on
+            look = args.profile_every and self.step % args.profile_every == begin
             with profiled(trace) if look else self.meter.timing():
                 with self.region():
                     loss = self.backward()
@@ -502,7 +502,8 @@ class Trainer:
                     norm = self.update()
                 log, check, keep = (self.step % every == 0 or self.step == args.steps
                                     for every in (args.log_every, args.eval_every, args.save_every))
-                if log or check or keep:
+                soon = args.profile_every and self.step % args.profile_every == begin
+                if log or check or keep or soon:
                     norm = float(norm)      # waits for a GPU here: its time is that of the steps
             if look and self.rank == 0:
                 widest = max(self.dp, args.tp, args.pp)     # else groups are of several sizes
@@ -612,7 +613,7 @@ class Trainer:
             if self.args.merge or not self.args.peft:
                 shutil.rmtree(self.out / "model", ignore_errors=True)
                 pairs = isinstance(self.windows, Pairs) and isinstance(self.tokenizer, Bytes)
-                more = {"eos_token_id": self.tokenizer.end} if pairs else {}
+                more = {"eos_token_id": self.tokenizer.end} if pairs or self.args.tokenizer else {}
                 model.save_pretrained(self.out / "model", copy_from=self.args.init, **more)
                 for name in TOKENIZER if self.args.tokenizer else ():
                     if pathlib.Path(self.args.tokenizer, name).is_file():
@@ -640,6 +641,14 @@ class Trainer:
         text = self.tokenizer.decode(tokens)
         (self.out / "sample.txt").write_text(text)
         say(f"{' a sample of what it writes ':-^80}\n{text.strip()}\n{'':-^80}")
+
+
+def tokenizer_for(args):
+    folder = args.init or args.tokenizer
+    tokenizer = tokenizer_of(folder) if folder else Bytes()
+    if args.tokenizer and isinstance(tokenizer, Bytes):
+        raise ValueError(f"--tokenizer {args.tokenizer}: no tokenizer.json there")
+    return tokenizer
 
 
 def vocabulary(args, tokens):
@@ -680,9 +689,9 @@ def fail(message):
     sys.exit(2)
 
 
-def compilers():
-    """What torch.compile can use on a CPU."""
-    return [name for name in (os.environ.get("CXX", "g++"), "clang++") if shutil.which(name)]
+def compiler():
+    """Where the one is that torch.compile uses on a CPU, or None."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
 def recompute(text):
@@ -766,13 +775,19 @@ def parse(argv):
     add("--plan", choices=tuple(CHIPS), help="do not train: print memory, traffic and time of this "
         "run, if each process had such a GPU")
     args = parser.parse_args(argv)
-    if args.preset:
-        parser.set_defaults(**PRESETS[args.preset])
+    preset = args.preset
+    if preset:
+        if args.init:
+            raise ValueError("--preset goes without --init, which gives the shape")
+        parser.set_defaults(**PRESETS[preset])
         args = parser.parse_args(argv)
     if args.resume:                                     # the run's own settings are the defaults
         if not resume.saved(args.out):
             raise ValueError(f"--resume: no checkpoint in {args.out}; start without --resume")
-        parser.set_defaults(**last_settings(args.out))
+        settings = last_settings(args.out)
+        if preset and preset != settings.get("preset"):
+            raise ValueError(f"--resume goes without --preset: the run in {args.out} has its own")
+        parser.set_defaults(**settings)
         args = parser.parse_args(argv)
     if args.chunks is None:
         args.chunks = 2 if args.schedule == "interleaved" else 1
@@ -809,11 +824,11 @@ def parse(argv):
                          "backward; use 1f1b")
     if args.loss_chunk < 0 or args.loss_chunk and (args.tp > 1 or args.pp > 1):
         raise ValueError(f"--loss-chunk {args.loss_chunk}: tokens, at least 0; not with --tp or "
-                         f"--pp, where a rank has fewer logits anyway")
+                         f"--pp, where a rank has fewer logits anyway: add --loss-chunk 0")
     if args.compile and (args.recompute == "selective" or args.schedule == "zb-h1"):
         raise ValueError("--compile goes without --recompute selective and --schedule zb-h1: they "
                          "act on single operators, which a compiled block hides")
-    if args.compile and args.device == "cpu" and not compilers():
+    if args.compile and not args.plan and args.device == "cpu" and not compiler():
         raise ValueError("--compile needs a C++ compiler on a CPU: install g++, or set CXX")
     if args.tokenizer and (args.init or args.objective != "causal"):
         raise ValueError("--tokenizer goes without --init, which has its own, and with --objective "
@@ -829,8 +844,7 @@ def parse(argv):
 
 def print_plan(args):
     """What metrics.py's planner expects of this run. ValueError: it does not know such models."""
-    tokens = tokenizer_of(args.tokenizer).size if args.tokenizer else 256
-    config = Config(vocab_size=vocabulary(args, tokens),
+    config = Config(vocab_size=vocabulary(args, tokenizer_for(args).size),
                     **{name: getattr(args, name) for name in SHAPE})
     if args.init:
         config = folder_config(args.init, args.seq_len, 0)
@@ -847,7 +861,7 @@ def print_plan(args):
     layout = dict(dp=dp, tp=args.tp, pp=args.pp, ep=args.ep, zero=args.zero, chunks=args.chunks,
                   microbatch=max(1, rows), recompute=args.recompute == "full")
     needs = plan(shape, args.plan, args.batch_size, kinds=(2, 2, 12) if low else (4, 4, 8),
-                 **layout)
+                 loss_chunk=args.loss_chunk, **layout)
     print(f"{shape.parameters():,} parameters in matrices, {args.nproc} x {args.plan}, a step of "
           f"{args.batch_size} x {args.seq_len} tokens, computing at {CHIPS[args.plan][4]:.0%} of "
           f"the peak")

@@ -315,7 +315,9 @@ class Zero(nn.Module):
         for unit in self.units:                 # one by one: one gradient in float32 at a time
             if unit.grad is not None:
                 grad = unit.grad.to(unit.master)
-                unit.master.grad = grad if self.factor is None else grad * self.factor
+                if self.factor is not None:
+                    grad = grad * self.factor.to(grad.device)
+                unit.master.grad = grad
                 self.optimizer.step()           # it skips parameters without gradient
                 unit.master.grad = None
                 unit.publish()
