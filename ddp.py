@@ -167,9 +167,9 @@ class DDP(nn.Module):
         used.fill_(1)                           # not copied from a list: a GPU would be waited for
         group = self.group_of(bucket[0])
         for i, (p, part) in enumerate(zip(bucket, parts)):
-            grad = p.grad
-            if grad is None:
-                grad, used[i] = torch.zeros_like(p), 0
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if p.grad is None:
+                used[i] = 0
             # Divide once: fp16 might not hold the sum.
             torch.div(grad.reshape(-1), dist.get_world_size(group), out=part)
         self._sent.append((flat, dist.all_reduce(flat, group=group, async_op=True)))
