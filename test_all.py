@@ -8940,8 +8940,10 @@ def _compose(argv):
     """Train 20 steps -> what each logged; no checkpoints: they are tested elsewhere."""
     dist.barrier()                  # who is refused leaves: not while others are still connecting
     torch._dynamo.reset()           # else the eighth model of a process would not be compiled
+    graphs = functools.partial(torch.compile, backend="aot_eager")          # C++: tested elsewhere
     with (mock.patch.object(train, "bf16_is_native", lambda device: True),
-          mock.patch.object(resume.Saver, "save")):
+          mock.patch.object(train, "compiler", lambda: "one"),
+          mock.patch.object(torch, "compile", graphs), mock.patch.object(resume.Saver, "save")):
         trainer = train.Trainer(train.parse(argv))
         trainer.export = trainer.sample = trainer.meter.plot = lambda _: None
         trainer.train()
