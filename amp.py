@@ -826,34 +826,41 @@ def draw(gradients, curves):
         from matplotlib.figure import Figure
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplot_mosaic([["histogram", "curves"], ["ranges", "curves"]],
-                                 height_ratios=(3, 1.2))
+                                 height_ratios=(3, 1.6))
     left, below, right = axes["histogram"], axes["ranges"], axes["curves"]
     exponents = gradients[gradients > 0].log2()
-    for shift, color, name in ((0, "C3", "as they are"), (16, "C0", "times 2^16")):
-        left.hist(exponents + shift, bins=range(-50, 21), color=color, alpha=0.7,
-                  weights=[100 / len(exponents)] * len(exponents), label=name)
-    left.set(ylabel="% of the gradients", title="Activation gradients, 2^20 tokens in a step",
-             xlim=(-50, 20), xticklabels=[])
-    left.legend()
+    for shift, color, name in ((0, "C1", "as they are"), (16, "C0", "x 2^16")):
+        counts, edges, _ = left.hist(exponents + shift, bins=range(-50, 21), color=color,
+                                     weights=[100 / len(exponents)] * len(exponents))
+        left.annotate(name, (edges[counts.argmax() + shift // 16], 1.05 * counts.max()),
+                      color=color, ha="left" if shift else "right")
+    left.set(ylabel="% of the gradients", title="Gradients of activations",
+             xlim=(-50, 20), xticklabels=[], ylim=(0, 1.2 * counts.max()))
     names = []
     for i, (dtype, (bits, low)) in enumerate(FORMATS.items()):
         least, most = low - bits, math.log2(torch.finfo(dtype).max)
-        below.barh(i, most - least, left=least, color="0.4")
+        below.barh(i, most - least, left=least, color="0.5")
         names.append({E5M2: "fp8 e5m2", E4M3: "fp8 e4m3", torch.float16: "fp16"}.get(dtype, "bf16"))
     below.set(xlim=(-50, 20), yticks=range(len(names)), yticklabels=names, ylim=(3.6, -0.6),
-              xlabel="log2 |gradient|; bars: what a format can hold")
-    for i, (name, losses) in enumerate(curves.items()):
+              xlabel="log2 |gradient|; bars: what fits")
+    together = []
+    for (name, losses), color, style in zip(curves.items(), ("0.75", "C0", "C2", "C4", "C1"),
+                                            ("-", "--", "-.", ":", "-")):
         smooth = [statistics.mean(losses[max(0, j - 9):j + 1]) for j in range(len(losses))]
-        right.plot(smooth, ("-", "--", "-.", ":", "-")[i], lw=4 if i == 0 else 1.8, color=
-                   ("0.75", "C0", "C2", "C1", "C3")[i], label=f"{name}: {smooth[-1]:.2f}")
-    right.set(xlabel="step", ylabel="loss, nats per byte (mean of 10 steps)",
-              title="A small GPT, trained five ways")
-    right.legend()
+        right.plot(smooth, style, lw=5 if color == "0.75" else 2, color=color)
+        if color == "C1":
+            right.annotate(f"{name}: {smooth[-1]:.2f}", (150, smooth[-1] + 0.1), color=color,
+                           ha="right")
+        else:
+            together.append(f"{name}: {smooth[-1]:.2f}")
+    right.annotate("\n".join(together), (4, 1.55))
+    right.set(xlabel="step", ylabel="loss, nats per byte", title="A small GPT, trained five ways",
+              ylim=(1.5, None))
     folder = pathlib.Path(__file__).parent / "figures"
     folder.mkdir(exist_ok=True)
-    figure.savefig(folder / "amp.png", dpi=100)
+    figure.savefig(folder / "amp.png")
 
 
 def bench():

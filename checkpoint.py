@@ -577,25 +577,28 @@ def draw(points):
         from matplotlib.figure import Figure
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     whole = points[1.0]
     curve = [(100 * mb / whole[0], ms / whole[1]) for name, (mb, ms) in points.items()
              if isinstance(name, float)]
-    axes.plot(*zip(*curve), "o-", label="plan(): 0 to 12 blocks recomputed")
-    for name, style in (("selective", "C2D"), ("torch, all", "C1x"), ("torch, selective", "C3+")):
+    axes.plot(*zip(*curve), "C0o-")
+    below = curve[len(curve) // 2]
+    axes.annotate("plan(): 0 to 12 of\n12 blocks recomputed", below, xytext=(-150, -55),
+                  textcoords="offset points", color="C0")
+    for name, style in (("selective", "C0D"), ("torch, all", "C1s"), ("torch, selective", "C1D")):
         mb, ms = points[name]
-        axes.plot(100 * mb / whole[0], ms / whole[1], style, ms=10, mew=2, label=name)
-    axes.axhline(4 / 3, color="0.7", ls="--", lw=1)
-    axes.annotate("4/3: the FLOPs of one forward more", (22, 1.338), color="0.5", fontsize=8)
+        axes.plot(100 * mb / whole[0], ms / whole[1], style, ms=9)
+        axes.annotate(name, (100 * mb / whole[0], ms / whole[1]), xytext=(9, 0), va="center",
+                      textcoords="offset points", color=style[:2])
+    axes.axhline(4 / 3, color="0.5", ls="--", lw=1)
+    axes.annotate("4/3: the FLOPs of one forward more", (24, 4 / 3 + 0.006), color="0.4")
     axes.set(xlabel="peak memory of forward and backward, % of keeping all",
              ylabel="time, 1 = keep all", xlim=(0, 103),
-             title="Memory against time: 12 blocks, kept or recomputed")
-    axes.legend()
-    axes.grid(alpha=0.3)
+             title="Recomputing buys memory with time")
     folder = pathlib.Path(__file__).parent / "figures"
     folder.mkdir(exist_ok=True)
-    figure.savefig(folder / "checkpoint.png", dpi=100)
+    figure.savefig(folder / "checkpoint.png")
 
 
 def report(points):

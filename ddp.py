@@ -292,7 +292,7 @@ def draw(model, x):
         from matplotlib.figure import Figure
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
-    ax = Figure(figsize=(8, 3), layout="constrained").subplots()
+    ax = Figure(figsize=(8, 3.4), layout="constrained").subplots()
     ax.broken_barh([(a, b - a) for a, b in zip(times, times[1:])], (-0.4, 0.8), edgecolor="white")
     for i, (start, end) in enumerate(trips):
         ax.broken_barh([(start, end.wait() - start)], (i + 0.6, 0.8), color="C1")
@@ -301,7 +301,7 @@ def draw(model, x):
            title="Buckets travel while backward goes on", ylim=(len(trips) + 0.6, -0.6))
     folder = pathlib.Path(__file__).parent / "figures"
     folder.mkdir(exist_ok=True)
-    ax.figure.savefig(folder / "ddp.png", dpi=100)
+    ax.figure.savefig(folder / "ddp.png")
 
 
 if __name__ == "__main__":

@@ -497,8 +497,8 @@ class Meter:
             return [(r["step"], r[key]) for r in records if r.get(key) is not None]
 
         losses, speed = axes[0]
-        for key, label, style in (("loss", "training batch", "-"),
-                                  ("val_loss", "validation", "o-")):
+        for key, label, style in (("loss", "training batch", "C0-"),
+                                  ("val_loss", "validation", "C1o-")):
             losses.plot(*zip(*points(key)), style, label=label, markersize=4)
         step, loss = (points("val_loss") or [(0, math.nan)])[-1]
         losses.set(xlabel="step", ylabel="loss (nats per predicted token)", ylim=(0, None),
@@ -518,8 +518,8 @@ class Meter:
                       record[f"{name}_bytes"] / 1e6)
                      for name in ("parameter", "gradient", "optimizer", "activation")]
             bars(memory_bar, sizes, "MB", "{:.1f}")
-            memory_bar.set(title="Memory of rank 0 in that step, at most")
-        figure.savefig(path, dpi=100)
+            memory_bar.set(title="Its memory on rank 0, at most")
+        figure.savefig(path)
 
 
 def bars(axes, pairs, unit, digits):
@@ -763,27 +763,30 @@ def draw(sizes, wrong, right, results):
         from matplotlib.figure import Figure
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    axes, split = figure.subplots(1, 2)
-    axes.plot(sizes, wrong, "o-", color="C1", label="mean of the batches' perplexities")
-    axes.axhline(right, color="C0", label=f"perplexity: exp(mean nats) = {right:.1f}")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes, split = figure.subplots(2, 1)
+    axes.plot(sizes, wrong, "C1o-")
+    axes.annotate("mean of the batches' perplexities", (sizes[1], wrong[1]), xytext=(10, 3),
+                  textcoords="offset points", color="C1")
+    axes.axhline(right, color="C0")
+    axes.annotate(f"perplexity, exp(mean nats): {right:.1f}", (sizes[-1], 0.8 * right), ha="right",
+                  va="top", color="C0")
     axes.set(xscale="log", xticks=sizes, xticklabels=sizes, ylim=(0, None), ylabel="perplexity",
-             xlabel="tokens in a batch",
-             title="A mean of perplexities depends on the size of the batches")
+             xlabel="tokens in a batch", title="A mean of perplexities depends on the batches")
     axes.minorticks_off()
-    axes.legend()
     begin = [0.0] * len(results)
-    for name, colour in (("compute", "C0"), ("exposed_communication", "C3"), ("rest", "0.8")):
+    for name, colour in (("compute", "C0"), ("exposed_communication", "C1"), ("rest", "0.7")):
         shares = [100 * step[f"{name}_share"] for step in results.values()]
-        split.barh(list(results), shares, left=begin, color=colour, label=name.replace("_", " "))
+        split.barh(list(results), shares, left=begin, color=colour)
+        place, side = (0, "left") if name == "compute" else (begin[0] + shares[0], "right")
+        split.annotate(name.split("_")[0], (place, -0.5), color=colour, ha=side, va="bottom")
         begin = [b + share for b, share in zip(begin, shares)]
     split.invert_yaxis()
-    split.set(xlabel="% of a step (two processes, two cores)", xlim=(0, 100),
-              title="Gradients summed in three ways: what of it is exposed")
-    split.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, -0.42), frameon=False)
+    split.set(xlabel="% of a step (two processes, two cores)", xlim=(0, 100))
+    split.set_title("Gradients summed in three ways: what of it is exposed", pad=24)
     path = pathlib.Path(__file__).parent / "figures" / "metrics.png"
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path)
 
 
 def main(argv):

@@ -484,24 +484,27 @@ def draw(runs):
         from matplotlib.figure import Figure
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    panels = figure.subplots(1, 4, width_ratios=(3, 3, 3, 2))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    panels = figure.subplots(1, 4, width_ratios=(3, 3, 3, 4))
     for axes, name in zip(panels, ("left alone", "aux loss", "bias")):
         loads = runs[name][1]
         smooth = loads.view(-1, 20, loads.shape[1]).mean(1)
-        axes.plot(torch.arange(len(smooth)) * 20 + 10, smooth, lw=1)
+        axes.plot(torch.arange(len(smooth)) * 20 + 10, smooth, lw=1,
+                  color="C1" if name == "left alone" else "C0")
         axes.axhline(1, color="k", ls="--", lw=1)
-        axes.set(title=name, xlabel="step", ylim=(0, 3))
-    panels[0].set_ylabel("load of each of 8 experts\n(1 = its fair share)")
+        axes.set(title=name, xlabel="step", ylim=(0, 3), xticks=(0, 500), xlim=(0, 600))
+    panels[0].set_ylabel("load of each of 8 experts, 1 = fair")
+    for axes in panels[1:3]:
+        axes.tick_params(labelleft=False)
     for i, (name, (loss, _)) in enumerate(runs.items()):
-        panels[3].plot(loss, i, "ko" if name == "dense" else "C0o")
-        panels[3].annotate(f"{loss:.3f}", (loss, i - 0.15), ha="center", fontsize=8)
-    panels[3].set(yticks=range(4), yticklabels=list(runs), xlim=(1.74, 1.9), xticks=(1.75, 1.85),
-                  ylim=(-0.5, 3.5), title="equal FLOPs", xlabel="held-out loss\n(nats per byte)")
-    panels[3].invert_yaxis()
+        panels[3].plot(loss, i, "o", color={"dense": "k", "left alone": "C1"}.get(name, "C0"))
+        panels[3].annotate(f"{name} {loss:.3f}", (loss, i - 0.2), fontsize=11,
+                           ha="right" if name == "dense" else "left")
+    panels[3].set(yticks=(), xlim=(1.765, 1.875), xticks=(1.78, 1.86), ylim=(3.5, -0.6),
+                  title="equal FLOPs", xlabel="held-out loss,\nnats per byte")
     folder = pathlib.Path(__file__).parent / "figures"
     folder.mkdir(exist_ok=True)
-    figure.savefig(folder / "moe.png", dpi=100)
+    figure.savefig(folder / "moe.png")
 
 
 def mask_loop(moe, x):

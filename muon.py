@@ -241,20 +241,21 @@ def draw(state):
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
     momentum, rms = state["exp_avg"], state["exp_avg_sq"].sqrt() + 1e-8
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for name, style, x in (("SGD: the momentum", ":", momentum),
-                           ("AdamW: momentum / RMS of each entry", "--", momentum / rms),
-                           ("Muon: orthogonal(momentum)", "-", orthogonal(momentum[None])[0])):
+    for name, color, place, x in (
+            ("Muon: orthogonal(momentum)", "C0", (30, 1.1), orthogonal(momentum[None])[0]),
+            ("AdamW: momentum / RMS of each entry", "C1", (50, 0.08), momentum / rms),
+            ("SGD: the momentum", "C2", (8, 0.01), momentum)):
         values = torch.linalg.svdvals(x)
-        axes.plot(range(1, len(values) + 1), values / values[0], style, label=name)
+        axes.plot(range(1, len(values) + 1), values / values[0], color)
+        axes.annotate(name, place, color=color)
     axes.set(yscale="log", ylim=(1e-3, 2), xlabel="direction (index of the singular value)",
              ylabel="step along it, relative to the longest",
              title="One step of one matrix: Muon moves most directions about equally")
-    axes.legend(loc="lower left")
     folder = pathlib.Path(__file__).parent / "figures"
     folder.mkdir(exist_ok=True)
-    figure.savefig(folder / "muon.png", dpi=120)
+    figure.savefig(folder / "muon.png")
 
 
 def demo():

@@ -887,29 +887,31 @@ def draw(rows, start):
         from matplotlib.figure import Figure
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    beside = {"dora": (5, -9), "prompt": (5, -9), ("bitfit", False): (-28, 5),
-              ("ia3", True): (-5, 6), "all weights": (-58, 5)}
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    beside = {"dora": (6, -14), "prompt": (6, -14), "ia3": (-5, 7), ("ia3", "right"): (7, -14),
+              ("bitfit", "right"): (-45, 5), "all weights": (-75, 7)}
     for method, (loss, forgot, count, *_) in rows.items():
-        for axes, x, y in ((left, count, loss), (right, forgot, loss)):
-            axes.plot(x, y, "o", markersize=5)
-            shift = beside.get((method, axes is left), beside.get(method, (5, 4)))
-            axes.annotate(method, (x, y), xytext=shift, textcoords="offset points", fontsize=8)
-    left.axhline(start[0], color="k", ls="--", lw=1)
-    left.annotate("the base", (left.get_xlim()[0], start[0]), xytext=(4, -10), fontsize=8,
-                  textcoords="offset points")
-    right.axvline(start[1], color="k", ls="--", lw=1)
+        color = "C1" if method == "all weights" else "C0"
+        for axes, side, x in ((left, "left", count), (right, "right", forgot)):
+            axes.plot(x, loss, "o", color=color)
+            shift = beside.get((method, side), beside.get(method, (6, 4)))
+            axes.annotate(method, (x, loss), xytext=shift, textcoords="offset points",
+                          fontsize=11, color=color)
+    left.axhline(start[0], color="0.5", ls="--", lw=1)
+    left.annotate("the base", (1, start[0]), xycoords=("axes fraction", "data"), xytext=(0, 4),
+                  textcoords="offset points", ha="right", color="0.4")
+    right.axvline(start[1], color="0.5", ls="--", lw=1)
+    right.annotate("the base", (start[1], 0), xycoords=("data", "axes fraction"), xytext=(5, 5),
+                   textcoords="offset points", color="0.4")
     left.set(xscale="log", xlabel="trained parameters", title="More parameters learn more ...",
-             ylabel="held-out loss on the new text\n(nats per byte)")
-    right.set(xlabel="loss on the old text afterwards (dashed: before)",
-              title="... and forget more")
+             ylabel="new text, nats per byte")
+    right.set(xlabel="old text, nats per byte", title="... and forget more")
     for axes in (left, right):
         axes.margins(x=0.2, y=0.12)
-        axes.grid(alpha=0.3)
     folder = pathlib.Path(__file__).parent / "figures"
     folder.mkdir(exist_ok=True)
-    figure.savefig(folder / "peft.png", dpi=100)
+    figure.savefig(folder / "peft.png")
 
 
 if __name__ == "__main__":

@@ -679,45 +679,45 @@ def demo():
         return
     for name in ("1f1b", "zb-h1"):
         print(f"\n{name}\n{chart(panels[name][0])}")
-    rows = []
-    for pair in (NAMES[1:3], NAMES[3:]):        # naive would make the axes three times as long
-        for i, kind in enumerate(("simulated", "run")):
-            rows.append([(f"{name}, {kind}: {panels[name][i].bubble:.1%} idle",
-                          ("one forward = 1", "seconds")[i], panels[name][i]) for name in pair])
+    runs = [(f"{name}: {log.bubble:.1%} idle, simulated {ideal.bubble:.1%}", log)
+            for name, (ideal, log) in panels.items() if name != "naive"]    # three times as long
     folder = pathlib.Path(__file__).parent / "figures"
     folder.mkdir(exist_ok=True)
-    draw(rows, folder / "pp.png")
+    draw(runs, "seconds", folder / "pp.png")
 
 
-def draw(rows, path):
-    """A grid of timelines. rows: lists of (title, unit of the time axis, Timeline)."""
+def draw(panels, unit, path):
+    """Timelines below each other. panels: (title, Timeline) of equally many ranks."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
-    figure = Figure(figsize=(10, 0.6 + 1.8 * len(rows)), layout="constrained")
-    grid, panels = figure.subplots(len(rows), len(rows[0]), squeeze=False), sum(rows, [])
-    for axes, (title, unit, timeline) in zip(grid.flat, panels):
+    ranks = len(panels[0][1].spans)
+    figure = Figure(figsize=(8, 0.8 + (0.6 + 0.25 * ranks) * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    colors, seen = {"F": "C0", "B": "C1", "W": "C2"}, set()
+    for axes, (title, timeline) in zip(grid, panels):
         begin = min(spans[0][1] for spans in timeline.spans)
         for rank, spans in enumerate(timeline.spans):
             for op, start, end in spans:
-                axes.broken_barh([(start - begin, end - start)], (rank - 0.4, 0.8),
-                                 color={"F": "C0", "B": "C1", "W": "C2"}[op.kind], linewidth=0.5,
-                                 edgecolor="white", alpha=1 - 0.4 * (op.chunk % 2))
-                axes.annotate(op.microbatch, ((start + end) / 2 - begin, rank), fontsize=6,
+                axes.broken_barh([(start - begin, end - start)], (rank - 0.4, 0.8), linewidth=0.5,
+                                 color=colors[op.kind], edgecolor="white",
+                                 alpha=1 - 0.4 * (op.chunk % 2))
+                axes.annotate(op.microbatch, ((start + end) / 2 - begin, rank), fontsize=8,
                               color="white", ha="center", va="center")
-        names = [f"rank {rank}" for rank in range(len(timeline.spans))]
-        axes.set_yticks(range(len(names)), names)
+                seen |= {op.kind, op.chunk}
+        axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)], fontsize=10)
         axes.invert_yaxis()
-        longest = max(other.makespan for _, same, other in panels if same == unit)
-        axes.set(title=title, xlabel=f"time ({unit})", xlim=(0, 1.01 * longest))
-    for text, color in (("F: forward", "C0"), ("B: backward (zb-h1: input's gradient)", "C1"),
-                        ("W: weights' gradients", "C2")):
-        grid.flat[0].barh(0, 0, color=color, label=text)
-    if any(op.chunk for _, _, timeline in panels for op, _, _ in timeline.spans[0]):
-        grid.flat[0].barh(0, 0, color="lightgray", label="paler: every second chunk")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path, dpi=75)
+        axes.grid(visible=False)
+        axes.set(title=title)
+    grid[-1].set(xlabel=f"time ({unit})", xlim=(0, None))
+    for what, text in (("F", "forward"), ("B", "backward (zb-h1: of the input)"),
+                       ("W", "backward of weights"), (1, "paler: every second chunk")):
+        if what in seen:
+            grid[0].barh(0, 0, color=colors.get(what, "0.7"), label=text)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=10, frameon=False,
+                  handlelength=0.8, columnspacing=1)
+    figure.savefig(path)
 
 
 def bench(rounds):
@@ -769,7 +769,7 @@ def show(name, p, m, v):
     print(f"{timeline.bubble:.1%} idle; makespan {timeline.makespan:g} forwards of a rank; "
           f"microbatches (of a chunk) alive {timeline.peak_live}")
     path = f"{name}-{p}x{m}.png"
-    draw([[(f"{name}: {timeline.bubble:.1%} idle", "one forward of a rank = 1", timeline)]], path)
+    draw([(f"{name}: {timeline.bubble:.1%} idle", timeline)], "one forward of a rank = 1", path)
     print(f"drawn in {path}")
 
 

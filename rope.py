@@ -282,16 +282,16 @@ def demo_length():
         from matplotlib.figure import Figure
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
-    figure, ticks = Figure((7, 4.2), layout="constrained"), (7, 8, 10, 15, 20, 25)
+    figure, ticks = Figure((8, 4.2), layout="constrained"), (7, 8, 10, 15, 20, 25)
     axes = figure.subplots()
-    for name, row in ppl.items():
-        axes.plot(ranges, row, "o-", label=name)
+    for (name, row), color in zip(ppl.items(), ("C1", "C4", "C2", "C3", "C0")):
+        axes.plot(ranges, row, "o-", color=color)
+        axes.annotate(name, (3.08, row[-1]), color=color, va="center")
     axes.set(yscale="log", yticks=ticks, yticklabels=ticks, ylabel="perplexity per byte",
              title="RoPE does not extrapolate by itself", xlabel="positions (trained on 0-63)")
-    axes.legend()
     path = pathlib.Path(__file__).parent / "figures" / "rope.png"
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

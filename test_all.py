@@ -9851,4 +9851,24 @@ def test_house_the_readmes_line_counts_and_figures_are_true():
         assert int(lines) == (HERE / f"{name}.py").read_text().count("\n"), name
     figures = re.findall(r"\((figures/\w+\.png)\)", README)
     assert {f"figures/{name}.png" for name in PARTS - DRAWS_NOTHING} <= set(figures)
-    assert all((HERE / figure).exists() for figure in figures)
+    for figure in figures:
+        png = (HERE / figure).read_bytes()
+        width, dots_per_m = int.from_bytes(png[16:20]), png[png.index(b"pHYs") + 4:][:4]
+        assert len(png) < 150_000 and width == 880, f"{figure}: {len(png)} bytes, {width} wide"
+        assert round(int.from_bytes(dots_per_m) * 0.0254) == 110, f"{figure}: not by matplotlibrc"
+
+
+def test_house_figures_have_one_look():
+    """No file has a style of its own; and none draws with colours that matplotlibrc lacks."""
+    style = dict(line.split(":", 1) for line in (HERE / "matplotlibrc").read_text().splitlines()
+                 if not line.startswith("#"))
+    colors = re.findall(r'"([0-9A-F]{6})"', style["axes.prop_cycle"])
+    assert float(style["font.size"]) >= 12 and style["figure.facecolor"].strip() == "white"
+    for name in PARTS - DRAWS_NOTHING:
+        source = (HERE / f"{name}.py").read_text()
+        own = re.findall(r"tab:\w+|rcParams|rc_context|dpi=\d+", source)
+        assert not own, f"{name}.py: {own}"
+        used = [int(n) for n in re.findall(r'"C(\d)\W?\W?[-:]?"', source)]
+        assert max(used, default=0) < len(colors), f"{name}.py: C{max(used)}"
+        for width, points in re.findall(r"[Ff]ig(?:ure|size)\W+(\d+), ([\d.]+)", source):
+            assert width in ("8", "10"), f"{name}.py: a figure {width} x {points}"

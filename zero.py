@@ -540,23 +540,24 @@ def draw(table, n):
         from matplotlib.figure import Figure
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     panels = dict(zip(("mixed bf16", "pure fp32"), figure.subplots(1, 2, sharey=True)))
     for (name, stage), (sizes, theory) in table.items():
-        axes, label = panels[name], ("weights", "gradients", "optimizer state")
+        axes, parts = panels[name], ("weights", "gradients", "optimizer\nstate")
         for i, size in enumerate(sizes):
-            axes.bar(stage, size, bottom=sum(sizes[:i]), color=f"C{i}",
-                     label=label[i] if stage == 0 else None)
-        axes.plot([stage - 0.45, stage + 0.45], [theory] * 2, "k--", lw=1,
-                  label="formula" if stage == 0 else None)
+            axes.bar(stage, size, bottom=sum(sizes[:i]), color=f"C{i}")
+            if stage == 0:
+                axes.annotate(parts[i], (stage, sum(sizes[:i]) + size / 2), ha="center",
+                              va="center", color="white", fontsize=10)
+        axes.plot([stage - 0.48, stage + 0.48], [theory] * 2, "k--", lw=1)
         axes.annotate(f"{sum(sizes):.1f}", (stage, theory + 0.3), ha="center")
         axes.set(xlabel="ZeRO stage", xticks=range(4), ylim=(0, 18), title=name)
     panels["mixed bf16"].set_ylabel(f"bytes per parameter on each of {n} ranks")
-    panels["pure fp32"].legend()
-    figure.suptitle("Each stage cuts one more part (bars: measured between two microbatches)")
+    panels["pure fp32"].annotate("bars: measured\ndashed: formula", (3.4, 14), ha="right")
+    figure.suptitle("Each stage cuts one more part")
     folder = pathlib.Path(__file__).parent / "figures"
     folder.mkdir(exist_ok=True)
-    figure.savefig(folder / "zero.png", dpi=100)
+    figure.savefig(folder / "zero.png")
 
 
 def bench(rounds):
