@@ -8411,6 +8411,8 @@ def test_train_says_that_a_compiler_is_missing():
 
 
 # ------------------------------------------------------------------ faults
+#
+# The README's table is made of the first lines of these tests: fault | what happens.
 
 FAULTS = '''
 import os, signal, sys, threading, time
@@ -8486,7 +8488,11 @@ def traces(out):
 
 @pytest.mark.slow
 def test_faults_a_killed_rank_costs_the_steps_since_the_last_checkpoint(corpus, tmp_path):
-    """kill -9 in forward, in a collective and in a save: torchrun starts all ranks again, and the
+    """a process is killed (`kill -9`) in forward, in a collective, in a save | with `torchrun
+    --max-restarts` all start again from the last checkpoint, and end with the same weights, bit
+    for bit.
+
+    kill -9 in forward, in a collective and in a save: torchrun starts all ranks again, and the
     run ends with the same logs and weights as the one that nothing happened to."""
     argv = [*TINY, "--data", corpus, "--steps", "30", "--save-every", "10", "--dropout", "0.1"]
 
@@ -8513,6 +8519,8 @@ def test_faults_a_killed_rank_costs_the_steps_since_the_last_checkpoint(corpus, 
 
 @pytest.mark.slow
 def test_faults_a_rank_that_hangs_is_named(corpus, tmp_path):
+    """a process hangs, in a step or in a save | after `--timeout` seconds (600) the run ends; of a
+    step the message names the rank."""
     run = torchrun(tmp_path, "hang", [*TINY, "--data", corpus, "--steps", "30", "--timeout", "5",
                                       "--out", str(tmp_path / "run")], "--standalone")
     assert run.returncode == 1
@@ -8553,7 +8561,8 @@ def test_faults_two_machines_train_as_one(ranks, corpus, tmp_path):
 @pytest.mark.parametrize("nproc, torchrun", [slow(("1", [])), slow(("2", [])), slow(
     ("2", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]))])
 def test_faults_sigterm_saves_and_ends_with_0(ranks, corpus, tmp_path, nproc, torchrun):
-    """torchrun itself ends with 1."""
+    """SIGTERM (a preempted machine) | all ranks finish the step, save, exit with 0, as does
+    `python train.py --nproc`; torchrun gives them 30 s, and itself ends with 1."""
     argv = [*TINY, "--data", corpus, "--steps", "200", "--save-every", "1000", "--log-every", "10"]
     want = ranks.run(_train, int(nproc), [*argv, "--out", str(tmp_path / "whole")])[0]
     out = tmp_path / "run"
@@ -8592,6 +8601,8 @@ def _train_in_little_space(argv):
 
 @pytest.mark.slow
 def test_faults_a_full_disk_leaves_the_checkpoints_before(ranks, corpus, tmp_path):
+    """the disk is full | the run ends with an error; the checkpoints before are whole, `--resume`
+    goes on from them."""
     argv = [*TINY, "--data", corpus, "--steps", "20", "--save-every", "10"]
     for n in (1, 2):
         whole, out = str(tmp_path / f"whole{n}"), tmp_path / f"run{n}"
@@ -8615,6 +8626,7 @@ def _without_rights():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="how root gives up a right: Linux only")
 def test_faults_a_read_only_folder_is_an_error_that_loses_nothing(corpus, tmp_path):
+    """the folder is read-only | an error at the start, nothing is lost."""
     argv = [*TINY, "--data", corpus, "--steps", "20", "--save-every", "10"]
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
@@ -8639,7 +8651,10 @@ def test_faults_a_read_only_folder_is_an_error_that_loses_nothing(corpus, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/net/tcp").exists(), reason="no /proc to look into")
 def test_faults_nothing_is_left_of_a_run(corpus, tmp_path):
-    """No process, no port, no temporary folder: after a run that ends well, one with a bad flag for
+    """a run ends, well or not | no process, port or temporary folder of it is left (torchrun
+    leaves its empty log folder).
+
+    No process, no port, no temporary folder: after a run that ends well, one with a bad flag for
     its ranks, one that is told to stop, one whose rank is killed."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -8686,6 +8701,8 @@ def _train_and_listen(argv):
 
 
 def test_faults_a_damaged_checkpoint_is_passed_over(ranks, corpus, tmp_path):
+    """a checkpoint is damaged, or cut short | `--resume` says so, renames it `damaged_...`, and
+    takes the one before."""
     argv = [*TINY, "--data", corpus, "--steps", "30", "--save-every", "10"]
     for n, name in ((1, "__0_0.distcp"), (2, "__1_0.distcp"), (1, "manifest.json")):
         out = tmp_path / f"{n}{name}"
@@ -8716,6 +8733,8 @@ def _train_with_nan(argv, where=("gradient",)):
 
 
 def test_faults_nan_is_never_saved_and_its_batch_is_named(ranks, corpus, pairs, tmp_path):
+    """NaN in loss or gradients | the run ends at the next log line, with the step and the place of
+    its batch in the data; nothing after that step is saved. With fp16 the scaler skips the step."""
     for path, place in ((corpus, r"16 tokens \(bytes\) each from \[(\d+), "),
                         (pairs, r"the pairs beginning with \[\[(\d+), ")):
         out = tmp_path / pathlib.Path(path).stem
@@ -8741,6 +8760,7 @@ def test_faults_nan_is_never_saved_and_its_batch_is_named(ranks, corpus, pairs, 
     (2, ("gradient",), ("--zero", "2"), "norm nan at step 17: .* in step 17, ")],
     ids=["gradient", "both", "loss", "zero"])
 def test_faults_nan_ends_the_run_on_all_ranks(ranks, corpus, tmp_path, n, where, flags, says):
+    """NaN on one rank only, or in a part that ZeRO cuts | all ranks end like that."""
     argv = [*TINY, "--data", corpus, "--steps", "20", "--save-every", "1", *flags, "--out",
             str(tmp_path / "run")]
     for said in ranks.run(_train_with_nan, n, argv, where):
@@ -8750,6 +8770,8 @@ def test_faults_nan_ends_the_run_on_all_ranks(ranks, corpus, tmp_path, n, where,
 
 
 def test_faults_weights_that_are_not_finite_are_not_saved(ranks, corpus, tmp_path):
+    """weights or optimizer state are not finite (a far too large `--lr`) | checked before each
+    save: an error, nothing is saved."""
     argv = [*TINY, "--data", corpus, "--steps", "9", "--save-every", "1", "--optimizer", "adamw",
             "--lr", "1e39", "--out", str(tmp_path / "run")]
     said = ranks.run(_train_with_nan, 2, argv, ())
@@ -8770,7 +8792,10 @@ def _train_in_job(argv, name):
 
 
 def test_faults_a_restart_goes_on_only_with_its_own_jobs_checkpoints(ranks, corpus, tmp_path):
-    """Also where an earlier job in the same folder had the same name (--rdzv-id)."""
+    """torchrun starts a job again, but `--out` holds another job's run | its checkpoints are not
+    resumed; that run is moved aside, as ever.
+
+    Also where an earlier job in the same folder had the same name (--rdzv-id)."""
     argv = [*TINY, "--data", corpus, "--steps", "2", "--save-every", "1", "--out",
             str(tmp_path / "run")]
     began = lambda name: ranks.run(_restarted, 2, argv, 0, name)
@@ -8797,6 +8822,7 @@ def _fails_to_read(folder):
 
 
 def test_faults_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(ranks, tmp_path):
+    """a checkpoint cannot be read now (the network, say) | an error; nothing is renamed."""
     for step in (1, 2):
         resume.save(tmp_path, step, state_of(step), {})
     before = everything_in(tmp_path)
@@ -8808,6 +8834,8 @@ def test_faults_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(ranks
 
 
 def test_faults_a_flipped_bit_in_the_manifest_never_changes_settings(tmp_path):
+    """a bit of a checkpoint's manifest flips | the checkpoint counts as damaged, or what is read
+    from it is unchanged."""
     for step in (1, 2):
         resume.save(tmp_path / "run", step, state_of(step), {"dim": 3}, {"lr": 0.125, "step": step},
                     score=float(step))
@@ -8826,6 +8854,26 @@ def test_faults_a_flipped_bit_in_the_manifest_never_changes_settings(tmp_path):
         assert all(torch.equal(got[key], t) for key, t in state_of(step).items())
         passed += step == 1
     assert passed > 0.8 * len(whole), "of the rest the flip changed a space"
+
+
+def fault_table():
+    rows = ["| fault | what happens | test: `test_faults_...` |", "|---|---|---|"]
+    for name, test in globals().items():
+        if name.startswith("test_faults_"):
+            first = " ".join((test.__doc__ or "").split("\n\n")[0].split())
+            fault, bar, what = first.partition(" | ")
+            assert not bar or what.endswith("."), name
+            if bar:
+                rows.append(f"| {fault} | {what[:-1]} | `{name.removeprefix('test_faults_')}` |")
+    return "\n".join(rows)
+
+
+def test_faults_the_readmes_have_the_table():
+    assert fault_table() in README, fault_table()
+    chinese = (HERE / "README.zh-CN.md").read_text()
+    tests = re.findall(r"`\w+` \|$", fault_table(), re.M)
+    assert re.findall(r"`[a-z]+_\w+` \|$", chinese.split("`test_faults_...`")[1], re.M)[
+        :len(tests)] == tests
 
 
 def _kept(folder):

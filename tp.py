@@ -508,10 +508,10 @@ def draw(losses, wrong, gaps):
     except ImportError:
         return print("skipped: figure (pip install matplotlib)")
     left, right = Figure(figsize=(8, 3.6), layout="constrained").subplots(1, 2)
-    for name, style, row, shift in (("with f = one process", "C0-", losses, (-12, -22)),
-                                    ("without the f of the MLP", "C1--", wrong, (8, 12))):
-        left.plot(row, style)
-        left.annotate(name, (8, row[8]), xytext=shift, textcoords="offset points", color=style[:2])
+    left.plot(losses, "C0-")
+    left.annotate("with f = one process", (0, 0.9), color="C0")
+    left.plot(wrong, "C1--")
+    left.annotate("without the f of the MLP", (10, 2.5), color="C1")
     left.set(xlabel="SGD step", ylabel="loss (nats per token)")
     right.plot(gaps, "C1--")
     right.plot([0] * len(gaps), "C0-")
