@@ -21,6 +21,7 @@ Left out  tokenizers (a byte is a token: 256 symbols, nothing to train; Windows 
           tokens), next-sentence prediction, span corruption, mixing several corpora
 """
 
+import argparse
 import os
 import pathlib
 import sysconfig
@@ -232,4 +233,5 @@ def draw(x, epochs, anywhere):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()     # no flags
     demo()

@@ -30,6 +30,7 @@ Left out  quantized bases (QLoRA), LoRA for convolutions, embeddings and stacked
           of several tasks in one batch; so of a model with experts the attention alone
 """
 
+import argparse
 import copy
 import functools
 import json
@@ -915,4 +916,5 @@ def draw(rows, start):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()     # no flags
     demo()

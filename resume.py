@@ -24,6 +24,7 @@ Left out  power failures (the rename is not forced to the disk), object stores (
           and renames in it
 """
 
+import argparse
 import concurrent.futures
 import contextlib
 import json
@@ -413,4 +414,5 @@ def draw(results):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()     # no flags
     demo()

@@ -25,6 +25,7 @@ Left out  chat templates (write their text into the prompts), several pairs in o
           training a tokenizer
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -335,4 +336,5 @@ def draw(plain):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()     # no flags
     demo()
