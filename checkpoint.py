@@ -69,11 +69,11 @@ class Saved:
         for i, _ in tensors:
             self.leaves[i] = None
         anchor = torch.empty(0, requires_grad=True)
-        self.node = Keep.apply(anchor, *(x.detach() for _, x in tensors)).grad_fn
+        self.end = Keep.apply(anchor, *(x.detach() for _, x in tensors))    # it owns the node
 
     def load(self):
         leaves = list(self.leaves)
-        for (i, grad), x in zip(self.grads.items(), self.node.saved_tensors):
+        for (i, grad), x in zip(self.grads.items(), self.end.grad_fn.saved_tensors):
             leaves[i] = x.detach().requires_grad_(grad)
         return tree_unflatten(leaves, self.spec)
 
