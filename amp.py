@@ -753,7 +753,7 @@ def demo_scaling(data):
             scaler.update()
         scales.append((theirs.get_scale(), ours.get_scale()))
     check(all(a == b for a, b in scales) and w.isfinite().all(),
-          "400 random overflows: scales of torch.amp.GradScaler, no NaN weight",
+          "400 steps, random overflows: torch.amp.GradScaler's scales, no NaN weight",
           f"{sum(a != b for a, b in scales)} differ; {min(scales)[1]:g} to {max(scales)[1]:g}")
     return seen
 

@@ -778,8 +778,9 @@ def draw(sizes, wrong, right, results):
     for name, colour in (("compute", "C0"), ("exposed_communication", "C1"), ("rest", "0.7")):
         shares = [100 * step[f"{name}_share"] for step in results.values()]
         split.barh(list(results), shares, left=begin, color=colour)
-        place, side = (0, "left") if name == "compute" else (begin[0] + shares[0], "right")
-        split.annotate(name.split("_")[0], (place, -0.5), color=colour, ha=side, va="bottom")
+        place = {"compute": 0, "rest": 101}.get(name, begin[0])
+        split.text(place, 0 if name == "rest" else -0.5, name.split("_")[0], color=colour,
+                   va="center" if name == "rest" else "bottom")
         begin = [b + share for b, share in zip(begin, shares)]
     split.invert_yaxis()
     split.set(xlabel="% of a step (two processes, two cores)", xlim=(0, 100))
@@ -818,11 +819,11 @@ def print_plans(found):
           f"{'again':>5} {'GB':>6} {'GB sent by tp':>13} {'dp':>6} {'ep':>6} {'bubble':>7} "
           f"{'seconds':>8} {'MFU':>6}")
     for layout, needs in found:
-        sent = "{:>13.1f} {:>6.1f} {:>6.1f}".format(*(size / 1e9 for size in needs["send"]))
+        sent = "{:>13.3g} {:>6.3g} {:>6.3g}".format(*(size / 1e9 for size in needs["send"]))
         print(f"{layout['dp']:>4} {layout['tp']:>3} {layout['pp']:>3} {layout['ep']:>3} "
               f"{layout['chunks']:>6} {layout['zero']:>4} {layout['microbatch']:>4} "
-              f"{'all' if layout['recompute'] else 'none':>5} {needs['memory'] / 1e9:>6.1f} {sent} "
-              f"{needs['bubble']:>7.1%} {needs['seconds']:>8.2f} {needs['mfu']:>6.1%}")
+              f"{'all' if layout['recompute'] else 'none':>5} {needs['memory'] / 1e9:>6.3g} {sent} "
+              f"{needs['bubble']:>7.1%} {needs['seconds']:>8.3g} {needs['mfu']:>6.1%}")
 
 
 def print_trace(path, ranks):

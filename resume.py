@@ -403,7 +403,7 @@ def draw(results):
     axes = figure.subplots()
     for kind in (0, 1):
         moments = [100 * moment for moment, found in results if found == kind]
-        axes.plot(moments, [kind] * len(moments), "o", markersize=5)
+        axes.plot(moments, [kind] * len(moments), "C0o", markersize=5)
     axes.set(xlabel="moment of the kill (% of an undisturbed save)", ylim=(-0.5, 1.5),
              yticks=[0, 1], title="A save killed at any moment leaves a complete checkpoint")
     axes.set_yticklabels(["found: the old one", "found: the new one"])

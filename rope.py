@@ -284,7 +284,7 @@ def demo_length():
         return print("skipped: figure (pip install matplotlib)")
     figure, ticks = Figure((8, 4.2), layout="constrained"), (7, 8, 10, 15, 20, 25)
     axes = figure.subplots()
-    for (name, row), color in zip(ppl.items(), ("C1", "C4", "C2", "C3", "C0")):
+    for (name, row), color in zip(ppl.items(), ("C1", "C4", "C2", "C0", "C3")):
         axes.plot(ranges, row, "o-", color=color)
         axes.annotate(name, (3.08, row[-1]), color=color, va="center")
     axes.set(yscale="log", yticks=ticks, yticklabels=ticks, ylabel="perplexity per byte",

@@ -8606,8 +8606,8 @@ def _train_in_little_space(argv):
 
 @pytest.mark.slow
 def test_faults_a_full_disk_leaves_the_checkpoints_before(ranks, corpus, tmp_path):
-    """the disk is full | the run ends with an error; the checkpoints before are whole, `--resume`
-    goes on from them."""
+    """the disk is full (tested by a limit on a file's size) | the run ends with an
+    error; the checkpoints before are whole, `--resume` goes on from them."""
     argv = [*TINY, "--data", corpus, "--steps", "20", "--save-every", "10"]
     for n in (1, 2):
         whole, out = str(tmp_path / f"whole{n}"), tmp_path / f"run{n}"
@@ -8657,7 +8657,7 @@ def test_faults_a_read_only_folder_is_an_error_that_loses_nothing(corpus, tmp_pa
 @pytest.mark.skipif(not pathlib.Path("/proc/net/tcp").exists(), reason="no /proc to look into")
 def test_faults_nothing_is_left_of_a_run(corpus, tmp_path):
     """a run ends, well or not | no process, port or temporary folder of it is left (torchrun
-    leaves its empty log folder).
+    leaves its empty log folder, torch.compile its cache).
 
     No process, no port, no temporary folder: after a run that ends well, one with a bad flag for
     its ranks, one that is told to stop, one whose rank is killed."""
@@ -8739,7 +8739,8 @@ def _train_with_nan(argv, where=("gradient",)):
 
 def test_faults_nan_is_never_saved_and_its_batch_is_named(ranks, corpus, pairs, tmp_path):
     """NaN in loss or gradients | the run ends at the next log line, with the step and the place of
-    its batch in the data; nothing after that step is saved. With fp16 the scaler skips the step."""
+    its batch in the data; nothing after that step is saved. With fp16 the scaler skips a step
+    whose gradients are not finite."""
     for path, place in ((corpus, r"16 tokens \(bytes\) each from \[(\d+), "),
                         (pairs, r"the pairs beginning with \[\[(\d+), ")):
         out = tmp_path / pathlib.Path(path).stem
@@ -9683,7 +9684,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics"}}
 LONGEST = {"model": 810, "train": 980, "resume": 420, "metrics": 890, "checkpoint": 645,
-           "zero": 605, "tp": 570, "pp": 800, "amp": 915, "ddp": 315, "moe": 570, "peft": 920,
+           "zero": 605, "tp": 570, "pp": 800, "amp": 915, "ddp": 315, "moe": 570, "peft": 925,
            "sft": 340}                                                  # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}

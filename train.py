@@ -864,7 +864,7 @@ def print_plan(args):
                  loss_chunk=args.loss_chunk, **layout)
     print(f"{shape.parameters():,} parameters in matrices, {args.nproc} x {args.plan}, a step of "
           f"{args.batch_size} x {args.seq_len} tokens, computing at {CHIPS[args.plan][4]:.0%} of "
-          f"the peak")
+          f"the peak of bf16")
     print_plans([(layout, needs)])
 
 
