@@ -563,8 +563,9 @@ class GPT(nn.Module):
         loss_chunk and targets there are no logits (loss.py)."""
         x = self.features(tokens, memory, cache)
         if self.loss_chunk and targets is not None:
-            if tp_size(self.tp_group) > 1:
-                raise ValueError("loss_chunk needs whole columns of logits: not with a tp_group")
+            if tp_size(self.tp_group) > 1 or hasattr(self.head, "adapters"):
+                raise ValueError("loss_chunk multiplies by head.weight alone: not with a tp_group, "
+                                 "nor with an adapter on the head")
             return None, chunked_cross_entropy(x, self.head.weight, targets, self.loss_chunk,
                                                per_chunk=self.loss_of_chunk)
         logits = self.head(x)

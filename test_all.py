@@ -7324,6 +7324,15 @@ def test_model_compiled_by_parts_and_with_its_loss_in_chunks_has_the_same_gradie
     check_model_parts(GPT, graphs, tied)
 
 
+def test_model_a_loss_in_chunks_refuses_a_head_that_it_would_bypass():
+    model = GPT(Config(vocab_size=50, seq_len=16, layers=1, dim=32, heads=4))
+    model.loss_chunk, tokens = 7, torch.randint(50, (3, 16))
+    peft.adapt(model, "lora", targets=["head"])
+    with pytest.raises(ValueError, match="nor with an adapter on the head"):
+        model(tokens, tokens)
+    assert model(tokens)[0].shape == (3, 16, 50)
+
+
 @pytest.mark.parametrize("line, broken", [
     ("block.forward = torch.compile(block.forward)", "pass"),
     ("if self.loss_chunk and targets is not None", "if False")])
