@@ -9878,13 +9878,38 @@ def test_house_the_readmes_commands_run(corpus, pairs, tmp_path):
         if "--init" in command:                 # of a dense model, as the README's order has it
             run("rm -rf out && python train.py" + small + short)
             command += short + " --batch-size 12 --seq-len 40"
-        elif "train.py" in command and "--resume" not in command:
+        elif "train.py" in command and "--resume" not in command and "--plan" not in command:
             command += small + short + (" --data my.txt" if "--data" not in command else "")
             command += smaller if "--preset" in command else ""
             command += " --no-compile" if "--compile" in command and not train.compiler() else ""
         said = run(command)
         if "train.py" in command and "--plan" not in command:
             assert "weights crc32" in said, said
+
+
+# Of each bench, what its table in the README says on every machine: peaks of memory.
+BENCHES = {"amp": "", "checkpoint": "51.84 106.20 8.40 27.31 34.71 75.71 0.92 0.94", "ddp": "",
+           "flash_attn": "", "loss": "1236.3 181.3 53.6", "moe": "", "pp": "", "tp": "", "zero": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHES)
+def test_house_the_readmes_benches_run(name, tmp_path):
+    """The times in the README's tables are one machine's: nothing here compares them."""
+    assert set(re.findall(r"python (\w+)\.py --bench", README)) == set(BENCHES)
+    if name == "loss" and not train.compiler():
+        pytest.skip("torch.compile needs a C++ compiler")
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    run = subprocess.run([sys.executable, f"{name}.py", "--bench"], cwd=tmp_path, text=True,
+                         capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                         timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    times = [float(ms) for ms in re.findall(r"([\d.]+) ms", run.stdout)]
+    assert len(times) > 2 and min(times) > 0, run.stdout
+    exact = BENCHES[name].split() if AS_THE_README else []
+    assert all(number in README for number in exact)
+    missing = set(exact) - set(numbers(run.stdout))
+    assert not missing, f"not in what it prints: {missing}\n{run.stdout}"
 
 
 def test_house_the_readme_lists_what_you_will_hear():
