@@ -876,9 +876,9 @@ def demo(steps=100):
               f"{loss:>7.3f} {forgot:>6.3f}  {ms:.1f} ms")
     print()
     full, lora = rows["all weights"], rows["lora"]
-    larger = [method for method, row in rows.items() if row[3] > full[3]]
-    check(set(larger) == set(rows) - {"all weights", "p_tuning"},
-          "best rates are larger than that of all weights", f"{len(larger)}, not p_tuning's")
+    others = [method for method, row in rows.items() if row[3] <= full[3] and row is not full]
+    check(len(others) < len(rows) / 2, "most methods' best rates are larger than all weights'",
+          f"not so: {', '.join(others) or 'none'}")
     gain = (start[0] - lora[0]) / (start[0] - full[0])
     check(gain > 0.7, "lora, best rate: most of what training all weights gains", f"{gain:.0%}")
     check(lora[1] < full[1], "lora forgets less of the code",
