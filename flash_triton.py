@@ -17,6 +17,7 @@ Run      python flash_triton.py          claims and what the compiler reports, a
 Left out warp specialisation (FlashAttention-3), FP8, dropout, windows, second derivatives.
 """
 
+import argparse
 import math
 import os
 import pathlib
@@ -297,4 +298,5 @@ def demo():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()          # no flags
     demo()

@@ -20,6 +20,7 @@ Run      python rope.py      all claims, two tiny models and figures/rope.png, a
 Left out partial rotation (GPT-NeoX), 2-D positions, LongRoPE, fine-tuning after scaling
 """
 
+import argparse
 import math
 import pathlib
 import sysconfig
@@ -295,6 +296,7 @@ def demo_length():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()          # no flags
     torch.set_num_threads(1)                           # the matrices are too small to share
     demo_rotation()
     demo_length()
