@@ -163,7 +163,7 @@ class HeadNorm(nn.RMSNorm):
         super().__init__(config.head_dim, eps=config.norm_eps)
         self.group, self.sequence_parallel = group, sequence_parallel
 
-    def forward(self, x):                                   # (B, h, T, D) -> same
+    def forward(self, x):                                   # (B, T, h, D) -> same
         weight = self.weight
         if not self.sequence_parallel:
             weight = copy_to_tp(weight, self.group)
@@ -185,8 +185,8 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(config, **split), HeadNorm(config, **split)
 
-    def _heads(self, x):                                    # (B, T, H D) -> (B, H, T, D)
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _heads(self, x, norm=nn.Identity()):                # (B, T, H D) -> (B, H, T, D)
+        return norm(x.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
 
     def forward(self, x, memory=None, rope=None, bias=None, past=None):
         """x (B, T, C), memory (B, S, C) or None -> (B, T, C).
@@ -197,8 +197,8 @@ class Attention(nn.Module):
             q, k, v = column_parallel(x, self.q, self.k, self.v)
         else:
             q, (k, v) = self.q(x), column_parallel(memory, self.k, self.v)
-        q = self.q_norm(self._heads(q))                     # (B, H, T, D); H, K: of this rank
-        k = self.k_norm(self._heads(k))                     # (B, K, T or S, D)
+        q = self._heads(q, self.q_norm)                     # (B, H, T, D); H, K: of this rank
+        k = self._heads(k, self.k_norm)                     # (B, K, T or S, D)
         v = self._heads(v)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)

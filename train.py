@@ -850,22 +850,29 @@ def print_plan(args):
         config = folder_config(args.init, args.seq_len, 0)
     if args.peft or config.shared_experts or config.moe_every > 1:
         raise ValueError("--plan goes without --peft, --shared-experts and --moe-every")
+    if args.dtype not in ("bf16", "fp16") or args.recompute not in ("none", "full"):
+        raise ValueError("--plan knows --dtype bf16 and fp16, --recompute none and full, not "
+                         f"{args.dtype}, {args.recompute}")
     shape = Shape(config.layers, config.dim, config.heads, config.kv_heads,
                   config.expert_hidden if config.experts else config.hidden, config.vocab_size,
-                  config.seq_len, config.mlp == "swiglu", config.experts, config.top_k)
+                  config.seq_len, config.mlp == "swiglu", config.experts, config.top_k,
+                  config.head_dim, config.qk_norm)
     dp = args.nproc // (args.tp * args.pp)
     if dp * args.tp * args.pp != args.nproc:
         raise ValueError(f"--nproc {args.nproc} is no multiple of --tp {args.tp} x --pp {args.pp}")
     low = args.zero and LOW[args.dtype]         # the others keep weights and gradients in fp32
     rows = args.batch_size // (dp * (args.microbatches or default_microbatches(args, dp)))
     layout = dict(dp=dp, tp=args.tp, pp=args.pp, ep=args.ep, zero=args.zero, chunks=args.chunks,
-                  microbatch=max(1, rows), recompute=args.recompute == "full")
+                  microbatch=max(1, rows), recompute=args.recompute == "full",
+                  sequence_parallel=args.sequence_parallel)
     needs = plan(shape, args.plan, args.batch_size, kinds=(2, 2, 12) if low else (4, 4, 8),
                  loss_chunk=args.loss_chunk, **layout)
     print(f"{shape.parameters():,} parameters in matrices, {args.nproc} x {args.plan}, a step of "
-          f"{args.batch_size} x {args.seq_len} tokens, computing at {CHIPS[args.plan][4]:.0%} of "
+          f"{args.batch_size} x {args.seq_len} tokens, computing at {CHIPS[args.plan][5]:.0%} of "
           f"the peak of bf16")
     print_plans([(layout, needs)])
+    if needs["memory"] > 0.9 * CHIPS[args.plan][1]:
+        print(f"does not fit: above 90 % of {CHIPS[args.plan][1] / 1e9:.0f} GB")
 
 
 def last_settings(out):
