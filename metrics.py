@@ -902,7 +902,7 @@ def main(argv):
             raise ValueError(f"{' '.join(argv)}: goes with --plan or --trace")
         else:
             demo()
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:
         parser.error(error)
 
 

@@ -6551,7 +6551,8 @@ def test_metrics_plan_formulas_are_the_papers_and_the_models():
     ("head * (i == n - 1)", "head"), ("(m * chunks)   # to fill", "m   # to"),
     ("(6 if recompute else 4) * layers +", "4 * layers +"), ("layers + first + last  ", "layers "),
     ("again = 4 / 3 if recompute else 1", "again = 1"), ("last * head_flops", "head_flops"),
-    ("2: (m, 1)", "2: (1, 1)"), ("3: (m, 2 * m)", "3: (m, m)"), ("to_gather * kinds[0]", "to_gather"),
+    ("2: (m, 1)", "2: (1, 1)"), ("3: (m, 2 * m)", "3: (m, m)"),
+    ("to_gather * kinds[0]", "to_gather"),
     ("to_sum * kinds[1]", "to_sum * kinds[0]"), ("chunks * 2 - first - last if", "chunks * 2 if"),
     ("by_pp / far", "0"), ("by_ep / (near if tp * ep <= 8 else far)", "by_ep / near"),
     ("by_tp / (near if tp", "0 / (near if tp"), ("near if dp * tp <= 8 else far) - h", "near) - h"),
@@ -6701,7 +6702,12 @@ def test_metrics_layouts_fit_and_are_sorted(capsys):
     assert re.search(r"\n0 of \d+ layouts fit .*takes \d+ GB", capsys.readouterr().out)
     assert metrics.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert metrics.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    for name in ("NVIDIA H100 PCIe", "cpu", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
+    shape = metrics.Shape(32, 4096, 32, 8, 14336, 128256, 8192)     # Llama 3.1 8B, in the README
+    for how in (False, True):
+        share = metrics.plan(shape, "H100", 8, dp=8, zero=3, recompute=how, kinds=(2, 4, 12))["mfu"]
+        assert f" {share * 989e12 / shape.flops():,.0f} with " in README
+    for name in ("NVIDIA H100 PCIe", "cpu", "NVIDIA H200 NVL",
+                 "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
         assert metrics.peak_flops(name) is None
 
 
@@ -9854,7 +9860,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "model": {"rope", "flash_attn", "tp", "moe", "checkpoint", "loss"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics"}}
-LONGEST = {"model": 810, "train": 980, "resume": 420, "metrics": 970, "checkpoint": 645,
+LONGEST = {"model": 810, "train": 990, "resume": 420, "metrics": 970, "checkpoint": 645,
            "zero": 605, "tp": 570, "pp": 800, "amp": 915, "ddp": 315, "moe": 570, "peft": 925,
            "sft": 340, "rope": 302, "flash_triton": 302}           # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
