@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 # The operations whose outputs selective_checkpoint() keeps: those that cost most FLOPs per byte.
-EXPENSIVE = frozenset("""mm addmm bmm baddbmm _scaled_mm _grouped_mm convolution
+EXPENSIVE = frozenset("""mm addmm bmm baddbmm _scaled_mm _grouped_mm convolution flash_forward
     _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split())
 

@@ -33,7 +33,7 @@ import torch.nn as nn
 def _rank(rank, fn, n, path, args):
     try:
         if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
-            if torch.cuda.is_available():
+            if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
         else:                                   # they meet in a file: no port to collide with
@@ -259,7 +259,9 @@ def bench(rounds):
         start = time.perf_counter()
         m(x).square().mean().backward()
         average(m)
-        dist.barrier()                          # on CUDA it also waits for the GPU
+        if cuda:
+            torch.cuda.synchronize()            # gloo's barrier does not wait for the GPU
+        dist.barrier()
         times[way].append((time.perf_counter() - start) * 1e3)
     for way in ways if dist.get_rank() == 0 else []:
         ms, base = (torch.tensor(times[k][3:]).median() for k in (way, "torch DDP"))

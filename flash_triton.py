@@ -169,7 +169,7 @@ def outputs(q, *_):                                         # o, lse: whole tile
 
 
 # As operators of PyTorch the launches are opaque to torch.compile: one node each in its graph.
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::forward", mutates_args=())
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::flash_forward", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, shift: int, scale: float) -> tuple[Tensor, Tensor]:
     (B, H, Tq, D), (N, Tk) = q.shape, k.shape[1:3]
     rows, cols, warps, stages = tiling(q, backward=False)
@@ -182,7 +182,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, shift: int, scale: float) -> tuple[
     return o, lse
 
 
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::backward", mutates_args=())
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::flash_backward", mutates_args=())
 def backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, shift: int,
              scale: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols, warps, stages = tiling(q, backward=True)

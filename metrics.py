@@ -59,7 +59,7 @@ from torch.utils.flop_counter import FlopCounterMode
 def _rank(rank, fn, n, path, args):
     try:
         if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
-            if torch.cuda.is_available():
+            if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
         else:                                   # they meet in a file: no port to collide with
@@ -206,9 +206,10 @@ def collectives(trace, ranks=None):
             size *= (n or 1) if kind == "all_gather" else 1
         else:
             continue
-        kind = kind.strip("_").removesuffix("_base").replace("all_to_all", "alltoall")
-        kind = kind.replace("alltoall", "all_to_all").replace("allreduce", "all_reduce").replace(
-            "allgather", "all_gather")
+        kind = kind.strip("_").removesuffix("_base").replace("allreduce", "all_reduce")
+        kind = kind.replace("allgather", "all_gather")
+        if kind.startswith(("alltoall", "all_to_all")):     # also NCCL's all_to_allv
+            kind = "all_to_all"
         found.append((kind, size, n and int(n), (event["ts"], event["ts"] + event["dur"])))
     return found
 

@@ -59,7 +59,7 @@ NAMES = "naive", "gpipe", "1f1b", "interleaved", "zb-h1"
 def _rank(rank, fn, n, path, args):
     try:
         if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
-            if torch.cuda.is_available():
+            if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
         else:                                   # they meet in a file: no port to collide with
@@ -749,7 +749,9 @@ def bench(rounds):
             dist.barrier()
             begin = time.perf_counter()
             steps[who]()
-            dist.barrier()                      # on CUDA it also waits for the GPU
+            if cuda:
+                torch.cuda.synchronize()        # gloo's barrier does not wait for the GPU
+            dist.barrier()
             times[who].append((time.perf_counter() - begin) * 1e3)
         gap = max((a.grad - b.grad).abs().max().item() for a, b in zip(
             *([w for module in models[who] for w in module.parameters()] for who in models)))

@@ -120,7 +120,10 @@ def save(root, step, tensors, facts, settings=None, keep=2, score=None, group=No
 
     _on_first_rank(begin, group)
     try:
-        dcp.save(tensors, checkpoint_id=beside, process_group=group,
+        # Without copying ahead: that makes CUDA start, even for tensors on the CPU, and a thread
+        # starts it on the first GPU, whichever is this rank's.
+        writer = dcp.FileSystemWriter(beside, per_thread_copy_ahead=0)
+        dcp.save(tensors, storage_writer=writer, process_group=group,
                  no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as problem:         # of any rank, on all
         raise OSError(f"{beside}: {_last_line(problem)}") from problem

@@ -1132,7 +1132,19 @@ def test_triton_half_precision_errs_no_more_than_sdpa():
 def test_triton_kernels_are_right_with_the_tiles_of_the_gpu(D, monkeypatch):
     monkeypatch.setattr(flash_triton, "tiling", lambda q, backward: flash_triton.TILES[D][backward])
     shapes = [(2, 1, 150, 150), (1, 1, 65, 140), (1, 1, 140, 65), (1, 1, 1, 130)]
-    check_triton_equals_dense(flash_triton, shapes if DEVICE == "cpu" else [])
+    if DEVICE == "cpu":
+        return check_triton_equals_dense(flash_triton, shapes)
+    monkeypatch.undo()                          # its own tiles, full ones, too, in bfloat16
+    for (Tq, Tk), causal in itertools.product(((1000, 1000), (300, 1100), (1100, 300)),
+                                              (True, False)):
+        qkv = triton_inputs(8, 2, Tq, Tk, D, dtype=torch.bfloat16)
+        do = torch.randn(qkv[0].shape, generator=seeded(1)).to(DEVICE, torch.bfloat16)
+
+        def ours(q, k, v, causal, scale):
+            return flash_triton.attention(q, k, v, causal, scale)
+
+        for got, want in zip(*results_and_exact(ours, qkv, do, causal)):
+            assert (got.double() - want).norm() <= 1e-2 * want.norm(), (Tq, Tk, causal)
 
 
 def check_triton_of_one_tensor_thrice(module):
@@ -2880,6 +2892,16 @@ def test_moe_on_cuda_equals_the_cpu_and_does_not_wait_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     close(got.cpu(), want, 0.05)
+    with torch.no_grad():                       # an expert without a token: its gradient is 0
+        x[..., 0] = 1
+        for model in (layer, there):
+            model.router.weight[3, 0] = -100
+    for model, inputs in (layer, x.cpu()), (there, x):
+        model.zero_grad()
+        model(inputs)[0].float().square().sum().backward()
+    for (name, a), b in zip(layer.named_parameters(), there.parameters()):
+        if a.grad is not None:
+            assert (a.grad - b.grad.cpu()).norm() <= 0.05 * a.grad.norm() + 1e-3, name
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -4885,6 +4907,21 @@ def test_amp_on_a_gpu():
 
 # ------------------------------------------------------------------ checkpoint.py
 
+@needs_triton
+def test_checkpoint_selective_keeps_what_triton_attention_gives(monkeypatch):
+    calls = []
+    for name in ("flash_forward", "any_other"):
+        op = torch.library.custom_op(f"test_all::{name}", lambda x: calls.append(1) or x.exp(),
+                                     mutates_args=(), schema="(Tensor x) -> Tensor")
+        op.register_autograd(lambda ctx, do: do * ctx.saved_tensors[0], setup_context=(
+            lambda ctx, inputs, output: ctx.save_for_backward(output)))
+        calls.clear()
+        x = torch.ones(3, requires_grad=True)
+        checkpoint.selective_checkpoint(lambda x: op(x.sin()).cos(), x).sum().backward()
+        assert len(calls) == (1 if name == "flash_forward" else 2)
+    assert flash_triton.forward._qualname.split("::")[1] in checkpoint.EXPENSIVE
+
+
 CK_WAYS = {"full": lambda m: m.checkpoint, "selective": lambda m: m.selective_checkpoint,
            "nested": lambda m: lambda f, *a, **k: m.checkpoint(
                lambda *b, **c: m.selective_checkpoint(f, *b, **c), *a, **k)}
@@ -6237,6 +6274,7 @@ def check_trace(m):
         "unknown": {"calls": 1, "bytes": 0, "seconds": 1e-5, "bus_bytes_per_s": None}}
     for name, want in (("allreduce", "all_reduce"), ("_allgather_base", "all_gather"),
                        ("alltoall_base", "all_to_all"), ("all_to_all", "all_to_all"),
+                       ("all_to_allv", "all_to_all"),       # NCCL's of uneven parts
                        ("broadcast", "broadcast")):
         nccl["traceEvents"][5]["args"]["Collective name"] = name
         assert want in m.traffic(nccl), name
@@ -6694,7 +6732,8 @@ def test_metrics_layouts_fit_and_are_sorted(capsys):
                        ("--plan --heads 33", "must divide 33 heads"), ("--trace nix", "nix"),
                        ("--plan --gpus 8 --batch 7 --layers 2 --kv-heads 1", "no dp x tp x pp"),
                        ("--plan --experts 2 --top-k 3", "top_k=3 of 2"),
-                       ("--plan --layers 0", "must be above 0"), (f"--trace {HERE}/matplotlibrc", "")):
+                       ("--plan --layers 0", "must be above 0"),
+                       (f"--trace {HERE}/matplotlibrc", "Expecting value")):
         with pytest.raises(SystemExit):
             metrics.main(flags.split())
         assert why in capsys.readouterr().err, flags
@@ -7512,7 +7551,7 @@ def test_model_the_check_of_parts_notices(graphs, line, broken):
 # ------------------------------------------------------------------ train.py
 
 TINY = ("--layers 2 --dim 32 --heads 2 --seq-len 16 --batch-size 12 --profile-every 0 "
-        "--log-every 1").split()
+        "--log-every 1 --device cpu").split()
 
 
 @pytest.fixture(scope="session")
@@ -7531,8 +7570,9 @@ def records(out):
 
 def command(*argv, **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    on_cpu = "--device" not in argv and "--help" not in argv
     return subprocess.run(
-        [sys.executable, str(HERE / "train.py"), *argv],
+        [sys.executable, str(HERE / "train.py"), *argv, *["--device", "cpu"] * on_cpu],
         capture_output=True,
         text=True,
         env=environment,
@@ -8516,9 +8556,44 @@ torch.cuda.set_sync_debug_mode("default")
 print("no waits", trainer.step)
 """
     run = subprocess.run([sys.executable, "-c", code, *TINY, "--data", corpus, "--loss-chunk", "50",
-                          "--dtype", "bf16", "--out", str(tmp_path / "a")], cwd=HERE,
-                         capture_output=True, text=True, timeout=300)
+                          "--dtype", "bf16", "--device", "cuda", "--out", str(tmp_path / "a")],
+                         cwd=HERE, capture_output=True, text=True, timeout=300)
     assert "no waits 3" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_train_on_a_gpu_compiled_in_bf16_is_the_run_of_the_cpu(corpus, tmp_path):
+    """As the presets for a GPU: Triton's attention in compiled blocks, the loss in chunks."""
+    runs = {}
+    for name, flags in (("cpu", ""), ("eager", "--device cuda --dtype bf16"),
+                        ("compiled", "--device cuda --dtype bf16 --compile --loss-chunk 50")):
+        out = tmp_path / name
+        run = command(*TINY[:-2], "--data", corpus, "--steps", "4", "--profile-every", "2",
+                      "--out", str(out), *flags.split())
+        assert run.returncode == 0, run.stderr
+        runs[name] = records(out)
+    for name in ("eager", "compiled"):
+        for got, want in zip(runs[name], runs["cpu"], strict=True):
+            assert abs(got["loss"] / want["loss"] - 1) < 0.02, name
+        [seen] = [record for record in runs[name] if record["step"] == 2]
+        assert seen["compute_share"] > 0.01 and seen["activation_bytes"] > 0
+        assert seen["memory_peak"] > seen["parameter_bytes"] > 0
+
+
+def test_train_takes_the_gpu_only_if_each_process_has_one(monkeypatch):
+    for gpus, flags, ranks, want in ((0, "", None, "cpu"), (1, "", None, "cuda"),
+                                     (1, "--nproc 2", None, "cpu"), (2, "--nproc 2", None, "cuda"),
+                                     (1, "", "2", "cpu"), (4, "--device cpu", "2", "cpu")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", ranks or "")
+        if not ranks:
+            monkeypatch.delitem(os.environ, "LOCAL_WORLD_SIZE")
+        assert train.parse(flags.split()).device == want, (gpus, flags, ranks)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="2 processes for 1 GPUs"):
+        train.parse("--device cuda --nproc 2".split())
 
 
 def test_train_presets_are_defaults_of_the_sizes_that_they_name():
@@ -9860,9 +9935,9 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "model": {"rope", "flash_attn", "tp", "moe", "checkpoint", "loss"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics"}}
-LONGEST = {"model": 810, "train": 990, "resume": 420, "metrics": 970, "checkpoint": 645,
+LONGEST = {"model": 810, "train": 990, "resume": 421, "metrics": 970, "checkpoint": 645,
            "zero": 605, "tp": 570, "pp": 800, "amp": 915, "ddp": 315, "moe": 570, "peft": 925,
-           "sft": 340, "rope": 302, "flash_triton": 302}           # others: 300 lines
+           "sft": 340, "rope": 302, "flash_triton": 302, "flash_attn": 303}           # others: 300 lines
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
@@ -10072,8 +10147,8 @@ def test_house_the_readmes_benches_run(name, tmp_path):
         pytest.skip("this processor emulates bf16: it takes too long")
     shutil.copy(HERE / f"{name}.py", tmp_path)
     run = subprocess.run([sys.executable, f"{name}.py", "--bench"], cwd=tmp_path, text=True,
-                         capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                         timeout=600)
+                         capture_output=True, timeout=600,         # the README's are a CPU's
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert run.returncode == 0, run.stdout + run.stderr
     times = [float(ms) for ms in re.findall(r"([\d.]+) ms", run.stdout)]
     assert len(times) > 2 and min(times) > 0, run.stdout

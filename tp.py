@@ -44,7 +44,7 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)    
 def _rank(rank, fn, n, path, args):
     try:
         if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
-            if torch.cuda.is_available():
+            if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
         else:                                   # they meet in a file: no port to collide with
@@ -270,8 +270,11 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 def own_rows(ids, low, high, v, group):         # -> row among this rank's v, is it one of them
-    if low < 0 or high >= tp_size(group) * v:
-        raise ValueError(f"tokens {low:.0f} to {high:.0f}; need 0 to {tp_size(group) * v - 1}")
+    V = tp_size(group) * v
+    if ids.is_cuda:                             # without waiting: a device-side assertion
+        torch._assert_async((low >= 0) & (high < V))
+    elif low < 0 or high >= V:
+        raise ValueError(f"tokens {low:.0f} to {high:.0f}; need 0 to {V - 1}")
     row = ids - dist.get_rank(group) * v
     return row.clamp(0, v - 1), (row >= 0) & (row < v)
 
@@ -550,7 +553,9 @@ def bench(rounds):
         dist.barrier()
         begin = time.perf_counter()
         block(x.requires_grad_()).square().mean().backward()
-        dist.barrier()                          # on CUDA it also waits for the GPU
+        if cuda:
+            torch.cuda.synchronize()            # gloo's barrier does not wait for the GPU
+        dist.barrier()
         times.setdefault((kind, who), []).append((time.perf_counter() - begin) * 1e3)
     for kind in ("tensor", "sequence"):
         theirs, ours = (torch.tensor(times[kind, who][3:]).median() for who in ("torch", "ours"))

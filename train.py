@@ -745,7 +745,7 @@ def parse(argv):
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--seed", type=int, default=0)
     here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu", "mps"]
-    add("--device", choices=here, default=here[0])
+    add("--device", choices=here, help="default: cuda, if every process has a GPU, else cpu")
     add("--dtype", choices=tuple(LOW), default="fp32", help="of matrix products; fp16 and fp8 are "
         "emulated on a CPU, bf16 only used if it has the instruction")
     add("--recompute", type=recompute, default="none", help="what backward computes again, to save "
@@ -795,6 +795,12 @@ def parse(argv):
                  "save_every", "eval_every", "log_every", "timeout"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))
+    enough = processes <= torch.cuda.device_count()
+    args.device = args.device or ("cuda" if enough else "cpu")
+    if args.device == "cuda" and not enough and not args.plan:
+        raise ValueError(f"--device cuda: {processes} processes for {torch.cuda.device_count()} "
+                         f"GPUs: use --nproc {torch.cuda.device_count()}, or --device cpu")
     args.optimizer = args.optimizer or (
         "adamw" if args.zero or args.tp > 1 or args.peft else "muon")
     if args.peft and (args.optimizer == "muon" or args.dtype == "fp8"):

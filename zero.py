@@ -49,7 +49,7 @@ ELEMENTWISE = ("Adadelta Adagrad Adam AdamW Adamax ASGD NAdam RAdam RMSprop Rpro
 def _rank(rank, fn, n, path, args):
     try:
         if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
-            if torch.cuda.is_available():
+            if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
         else:                                   # they meet in a file: no port to collide with
@@ -589,7 +589,9 @@ def bench(rounds):
         m(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        dist.barrier()                          # on CUDA it also waits for the GPU
+        if cuda:
+            torch.cuda.synchronize()            # gloo's barrier does not wait for the GPU
+        dist.barrier()
         times[way].append((time.perf_counter() - start) * 1e3)
     for way in ways if dist.get_rank() == 0 else []:
         theirs = "torch FSDP2" if "3" in way or "FSDP" in way else "torch ZeroRedundancyOptimizer"
