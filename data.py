@@ -71,13 +71,16 @@ class Windows:
     shuffle=False: in the order of the text, for validation. ValueError if the text is too short."""
 
     def __init__(self, text, length, seed=0, shuffle=True):
+        if length < 1:
+            raise ValueError(f"windows of {length} bytes (or tokens): must be 1 or more")
         self.text, self.length, self.seed, self.shuffle = text, length, seed, shuffle
         # Windows per epoch. A shuffled epoch starts at an offset of up to T - 1 bytes, else at 0.
         self.count = (len(text) - (length if shuffle else 1)) // length
-        if length < 1 or self.count < 1:
+        if self.count < 1:
             least = 2 * length if shuffle else length + 1
-            raise ValueError(f"{len(text)} bytes (or tokens) of text are too few for windows of "
-                             f"{length}: give at least {least} or a shorter window")
+            part = "" if shuffle else " to validate on (a tenth of the text)"
+            raise ValueError(f"{len(text)} bytes (or tokens) of text{part} are too few for windows "
+                             f"of {length}: give at least {least} or a shorter window")
         if seed < 0:
             raise ValueError(f"seed={seed}: must be 0 or more")
         self.epoch, self.starts = None, None

@@ -90,7 +90,7 @@ def launch(fn, n, *args):
 
 def scores(nats, tokens_per_byte=1.0):
     """Mean nats per token of a whole text -> what to report of it."""
-    return {"val_loss": nats, "ppl": math.exp(nats),
+    return {"val_loss": nats, "ppl": math.exp(nats) if nats < 709 else math.inf,
             "bits_per_byte": nats / math.log(2) * tokens_per_byte}
 
 
@@ -508,10 +508,12 @@ class Meter:
             its last checkpoint) and a torn last line are removed. None: this rank writes nothing
     step    where the run stands; steps: where it ends; tokens: of one step, over all ranks
     flops   of a token, of the model; ran: with what is computed again, None: not known
-    peak    FLOP/s of all ranks together, None: not known"""
+    peak    FLOP/s of all ranks together, None: not known
+    before  tokens up to `step`, None: as many a step as now"""
 
-    def __init__(self, path, step, steps, tokens, flops=None, ran=None, peak=None):
+    def __init__(self, path, step, steps, tokens, flops=None, ran=None, peak=None, before=None):
         self.path, self.first, self.steps, self.tokens = path, step, steps, tokens
+        self.before = step * tokens if before is None else before
         self.flops, self.ran, self.peak = flops, ran, peak
         self.began, self.seconds, self.count = time.perf_counter(), 0.0, 0
         self.mean = math.nan
@@ -534,8 +536,8 @@ class Meter:
         -> a line to print. Values must hold loss and grad_norm."""
         if self.count:                                      # else as before: none was timed
             self.mean, self.seconds, self.count = self.seconds / self.count, 0.0, 0
-        record = {"step": step, "tokens": step * self.tokens, **values, "step_ms": 1e3 * self.mean,
-                  "tokens_per_s": self.tokens / self.mean}
+        record = {"step": step, "tokens": self.before + (step - self.first) * self.tokens, **values,
+                  "step_ms": 1e3 * self.mean, "tokens_per_s": self.tokens / self.mean}
         if self.flops:
             record["tflops_per_s"] = record["tokens_per_s"] * self.flops / 1e12
         if self.flops and self.ran:

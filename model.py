@@ -751,7 +751,12 @@ def find_tensors(folder):
     if not files:
         raise ValueError(f"{folder} has no *.safetensors: old *.bin files may run code, convert "
                          f"them (save_pretrained of transformers does)")
-    opened = [safetensors_torch().safe_open(file, framework="pt") for file in files]
+    opened = []
+    for file in files:
+        try:
+            opened.append(safetensors_torch().safe_open(file, framework="pt"))
+        except Exception as problem:                        # safetensors has its own kind
+            raise ValueError(f"{file} cannot be read: {problem}") from problem
     return {name: file for file in opened for name in file.keys()}
 
 

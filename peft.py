@@ -237,7 +237,7 @@ class Encoder(Change):
 
     def forward(self):                                      # (P, width)
         if self.kind is None:
-            return self.vectors
+            return self.vectors.clone()         # no Parameter: ZeRO-3 frees those in between
         h = self.lstm(self.vectors)[0] if self.kind == "lstm" else self.vectors
         return self.layers(h)
 
@@ -609,7 +609,8 @@ def state_of(built, method, rename=None):
             state |= {f"base_model.model.{rename(key)}.{NAMES[part]}": (p, place)
                       for part, p in change.named_parameters()}
         elif isinstance(change, Encoder):
-            state[f"{key}.vectors".lstrip(".")] = change(), place
+            made = change() if change.kind else change.vectors
+            state[f"{key}.vectors".lstrip(".")] = made, place
         else:
             state |= {f"{key}.{part}": (p, place) for part, p in change.named_parameters()}
     return state

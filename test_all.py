@@ -6160,6 +6160,7 @@ def test_resume_the_kill_check_notices_writing_in_place(tmp_path):
 # ------------------------------------------------------------------ metrics.py
 
 def check_metrics_scores(m):
+    assert m.scores(1000.0)["ppl"] == math.inf              # no overflow
     score = m.scores(3.0, tokens_per_byte=0.25)
     assert score["val_loss"] == 3.0 and score["ppl"] == math.exp(3.0)
     assert abs(score["bits_per_byte"] - 3.0 / math.log(2) / 4) < 1e-12
@@ -7670,8 +7671,8 @@ def test_train_gradients_are_those_of_one_process(ranks, corpus, tmp_path):
 
 @pytest.mark.parametrize("mutation", [
     ("loss / self.microbatches * (self", "loss * (self"),
-    ("self.step * args.batch_size + self.dp_rank * rows", "self.step * args.batch_size"),
-    ("args.batch_size + self.dp_rank * rows", "args.batch_size + self.rank * rows"),
+    ("self.first_row() + self.dp_rank * rows", "self.first_row()"),
+    ("self.first_row() + self.dp_rank * rows", "self.first_row() + self.rank * rows"),
     ("self.rank // args.tp % self.dp, ", "self.rank % self.dp, "),
     ("sum_replicated_grads(self.model, self.tp_group)", "pass")])
 def test_train_the_gradient_check_notices(ranks, corpus, tmp_path, mutation):
@@ -7941,7 +7942,7 @@ def test_train_fine_tunes_in_any_layout_and_resumes(ranks, corpus, pretrained, t
             ("lora", ((2, "--zero", "3"), (2, "--tp", "2", "--sequence-parallel"),
                       (2, "--pp", "2", "--recompute", "full", "--schedule", "zb-h1"),
                       (4, "--tp", "2"), (2, "--microbatches", "3"))),
-            ("prefix", ((2, "--zero", "2"), (2, "--pp", "2"))), ("prompt", ((2, "--zero", "1"),)),
+            ("prefix", ((2, "--zero", "2"), (2, "--pp", "2"))), ("prompt", ((2, "--zero", "3"),)),
             ("adapter", ((2, "--tp", "2", "--sequence-parallel"),)), ("ia3", ((2, "--tp", "2"),))):
         own = [*argv, "--peft", method, "--out", str(tmp_path / method)]
         want, same = ranks.run(_weights_under, 1, own)[0]
@@ -8246,7 +8247,7 @@ def everything_in(folder):
 
 
 def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
-    ranks, corpus, tmp_path, capsys
+    ranks, corpus, tmp_path, capsys, pretrained
 ):
     out, other = tmp_path / "run", tmp_path / "other"
     ranks.run(_train, 1, [*TINY, "--data", corpus, "--steps", "2", "--out", str(out)])
@@ -8263,6 +8264,12 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
     (foreign / "config.json").write_text(json.dumps(
         {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2,
          "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 512}))
+    torn, listed = tmp_path / "torn", tmp_path / "listed"
+    for folder in torn, listed:
+        shutil.copytree(pretrained, folder)
+    file = next(torn.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+    (listed / "config.json").write_text("[]")
     new = ["--out", str(tmp_path / "new")]
     cases = [
         (["--data", "nowhere.txt", *new], "nowhere.txt: no such file"),
@@ -8304,6 +8311,15 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", str(bad_pairs), *new], "line 1: not an object with two strings"),
         (["--data", str(bad_pairs), "--objective", "mlm", *new], "goes with --objective causal"),
         (["--data", corpus, "--init", str(foreign), *new], "no tokenizer.json is there"),
+        (["--data", corpus, "--init", str(torn), "--seq-len", "16", *new],
+         ".safetensors cannot be read"),
+        (["--data", corpus, "--init", str(listed), *new], "config.json: "),
+        (["--data", corpus, "--init", str(listed), "--peft", "bitfit", *new], "choose from"),
+        (["--data", corpus, "--clip", "-1", *new], "--clip -1.0: use 0"),
+        (["--data", corpus, "--seq-len", "0", *new], "windows of 0 bytes"),
+        (["--data", corpus, "--seq-len", "5000", *new], "to validate on (a tenth of the text)"),
+        (["--data", corpus, "--out", "."], "needs a folder of its own"),
+        (["--resume", "--steps", "1", "--out", str(out)], "is of step 2: give at least that"),
         (["--data", corpus, "--init", "nowhere", "--peft", "lora", "--optimizer", "muon", *new],
          "--peft goes with --optimizer adamw"),
         (["--data", corpus, "--init", "nowhere", "--peft", "adapter", "--merge", *new],
@@ -8578,6 +8594,64 @@ def test_train_on_a_gpu_compiled_in_bf16_is_the_run_of_the_cpu(corpus, tmp_path)
         [seen] = [record for record in runs[name] if record["step"] == 2]
         assert seen["compute_share"] > 0.01 and seen["activation_bytes"] > 0
         assert seen["memory_peak"] > seen["parameter_bytes"] > 0
+
+
+def _with_own_data(argv, paths):
+    with pytest.raises(ValueError) as problem:
+        train.Trainer(train.parse([*argv, "--data", paths[dist.get_rank()]]))
+    return str(problem.value)
+
+
+def test_train_ranks_that_read_another_text_are_refused(ranks, corpus, tmp_path):
+    """Or none: the error is the same on all ranks."""
+    (tmp_path / "other").write_text("another text of some length " * 100)
+    argv = [*TINY, "--steps", "2", "--out", str(tmp_path / "run")]
+    for other, why in ((str(tmp_path / "other"), "rank 1 reads other data"),
+                       (str(tmp_path / "none"), "rank 1: ")):
+        first, second = ranks.run(_with_own_data, 2, argv, [corpus, other])
+        assert first == second and why in first
+
+
+def _rows_and_tokens(argv):
+    trainer = train.Trainer(train.parse(argv))
+    first = trainer.first_row()
+    trainer.train()
+    return first, trainer.first_row()
+
+
+def test_train_another_batch_size_goes_on_where_the_text_was(ranks, corpus, tmp_path):
+    argv = [*TINY, "--out", str(tmp_path / "run")]
+    assert ranks.run(_rows_and_tokens, 1, [*argv, "--data", corpus, "--steps", "4",
+                                           "--batch-size", "4"])[0] == (0, 16)
+    assert ranks.run(_rows_and_tokens, 1, [*argv, "--resume", "--steps", "6", "--batch-size",
+                                           "8"])[0] == (16, 32)
+    assert ranks.run(_rows_and_tokens, 1, [*argv, "--resume", "--steps", "7", "--batch-size",
+                                           "2"])[0] == (32, 34)
+    tokens = [record["tokens"] for record in records(tmp_path / "run")]
+    assert tokens == [16 * rows for rows in (4, 8, 12, 16, 24, 32, 34)]
+
+
+def test_train_fp16_resumes_from_a_checkpoint_before_the_first_good_step(ranks, corpus, tmp_path):
+    argv = [*TINY, "--dtype", "fp16", "--save-every", "1", "--data", corpus]
+    out = ["--out", str(tmp_path / "run")]
+    assert ranks.run(_train_unmoved, 1, [*argv, "--steps", "1", *out])[0]
+    ranks.run(_train, 1, [*argv, "--steps", "4", "--resume", *out])
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def _train_unmoved(argv):
+    """One step that a scaler would skip -> are the weights as before?"""
+    with mock.patch.object(train.DynamicLossScaler, "step", lambda self, optimizer: None):
+        trainer = train.Trainer(train.parse(argv))
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        return all(map(torch.equal, before, trainer.model.parameters()))
+
+
+def test_train_a_presets_rate_is_only_for_its_optimizer():
+    assert train.parse(["--preset", "shakespeare"]).lr == 0.02
+    assert train.parse(["--preset", "shakespeare", "--zero", "1"]).lr is None
+    assert train.parse(["--preset", "shakespeare", "--zero", "1", "--lr", "0.03"]).lr == 0.03
 
 
 def test_train_takes_the_gpu_only_if_each_process_has_one(monkeypatch):
@@ -8857,6 +8931,68 @@ def _train_in_little_space(argv):
 
 
 @pytest.mark.slow
+def _started(argv, log):
+    """train.py in the background, from the first line of its log on."""
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *argv, "--device", "cpu"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for _ in range(600):
+        if process.poll() is not None or log.exists() and log.stat().st_size:
+            return process
+        time.sleep(0.1)
+    raise AssertionError("it does not begin")
+
+
+def test_faults_a_second_run_in_the_same_folder_is_refused(corpus, tmp_path):
+    """a second run is started, or resumed, in the `--out` of one that is going on | it is refused;
+    the first goes on.
+
+    A lock on the folder, which ends with the process that holds it."""
+    out = tmp_path / "run"
+    argv = [*TINY, "--data", corpus, "--steps", "100000", "--save-every", "20", "--out", str(out)]
+    first = _started(argv, out / "metrics.jsonl")
+    try:
+        while not resume.saved(out):
+            time.sleep(0.1)
+        for flags in ([], ["--resume"], ["--nproc", "2"]):
+            run = command(*argv, *flags)
+            assert run.returncode == 2 and "a run is going on there" in run.stderr, run.stderr
+        assert first.poll() is None and not list(tmp_path.glob("run.*"))
+    finally:
+        first.kill()
+        first.wait()
+    assert command(*argv[:-2], "--steps", "2", "--out", str(out)).returncode == 0
+    assert [path.name for path in tmp_path.glob("run.*")] == ["run.1"]
+
+
+def test_faults_a_launcher_that_is_gone_ends_its_ranks(corpus, tmp_path):
+    """the process that started the ranks is killed (`kill -9`) | they finish the step, save, and
+    end; `--resume` goes on.
+
+    Each rank looks for its parent, after every step."""
+    out = tmp_path / "run"
+    argv = [*TINY, "--data", corpus, "--steps", "100000", "--save-every", "100000", "--out",
+            str(out)]
+    launcher = _started([*argv, "--nproc", "2"], out / "metrics.jsonl")
+    launcher.kill()
+    launcher.wait()
+    for _ in range(300):
+        if not processes_with(str(out)):
+            break
+        time.sleep(0.1)
+    assert not processes_with(str(out))
+    [saved] = resume.saved(out)
+    step = int(saved.name.removeprefix("step_"))
+    run = command(*argv[:-2], "--steps", str(step + 2), "--resume", "--out", str(out))
+    assert run.returncode == 0 and records(out)[-1]["step"] == step + 2, run.stderr
+
+
+def processes_with(text):
+    """Numbers of the processes whose command line holds it."""
+    listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True)
+    return [line.split()[0] for line in listed.stdout.splitlines() if text in line]
+
+
 def test_faults_a_full_disk_leaves_the_checkpoints_before(ranks, corpus, tmp_path):
     """the disk is full (tested by a limit on a file's size) | the run ends with an
     error; the checkpoints before are whole, `--resume` goes on from them."""
@@ -9935,8 +10071,8 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "model": {"rope", "flash_attn", "tp", "moe", "checkpoint", "loss"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics"}}
-LONGEST = {"model": 810, "train": 990, "resume": 421, "metrics": 970, "checkpoint": 645,
-           "zero": 605, "tp": 570, "pp": 800, "amp": 915, "ddp": 315, "moe": 570, "peft": 925,
+LONGEST = {"model": 815, "train": 1085, "resume": 421, "metrics": 975, "checkpoint": 645,
+           "zero": 607, "tp": 572, "pp": 800, "amp": 915, "ddp": 315, "moe": 570, "peft": 925,
            "sft": 340, "rope": 302, "flash_triton": 302, "flash_attn": 303}   # others: 300
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}

@@ -139,16 +139,18 @@ class Trainer:
             raise ValueError(f"--dtype fp8: {args.batch_size // parts} sequences of {args.seq_len} "
                              f"bytes at a time: their product must be a multiple of 16")
         self.log = self.out / "metrics.jsonl"
+        if not self.out.name:
+            raise ValueError(f"--out {self.out}: a run needs a folder of its own, name one")
         taken = self.out.is_file() or self.out.is_dir() and any(self.out.iterdir())
         if taken and not self.log.exists():
             raise ValueError(f"--out {self.out} holds something that is no run: name another")
-        self.tokenizer = tokenizer_for(args)
+        self.tokenizer = on_all_ranks(tokenizer_for, args)
         given = args.init or args.tokenizer
         if given and self.out.resolve() in pathlib.Path(given).resolve().parents and (
                 not args.resume):
             raise ValueError(f"{given} lies in --out {args.out}, which is moved aside: name "
                              f"another --out")
-        data = self.read_data()
+        data = on_all_ranks(self.read_data)
         causal = args.objective == "causal"
         if args.init:
             more = 16 if args.peft in ("prompt", "p_tuning") else 0         # peft.py's length
@@ -170,6 +172,7 @@ class Trainer:
             shape |= {"init": folder_crc32(args.init), "peft": args.peft}
         self.facts = {**shape, "optimizer": args.optimizer,
                       "data": data}
+        on_all_ranks(lambda: None, same=self.facts)
         self.dp_group, self.pp_group, self.tp_group = dist.group.WORLD, None, None
         if args.tp > 1 or args.pp > 1:
             shape = args.pp, self.dp, args.tp
@@ -222,7 +225,13 @@ class Trainer:
             self.pipeline = Pipeline(stages, ops, loss_to_step, self.pp_group)
             whole = schedule("naive", args.pp, 1, args.chunks)          # for any number of rows
             self.evaluation = Pipeline(stages, whole, loss_of, self.pp_group)
+        self.resumed, self.rows_before = 0, 0           # at that step so many rows had been read
+        if args.dtype == "fp16" and not args.resume:    # a checkpoint may come before a good step
+            self.make_state()
         self.step = self.load() if args.resume else 0
+        if self.step > args.steps:
+            raise ValueError(f"--steps {args.steps}: the checkpoint in {self.out} is of step "
+                             f"{self.step}: give at least that")
         if args.zero:
             state, [(_, peak)] = self.tensors(), self.optimizers
             self.zero = Zero(self.model, args.zero, torch.optim.AdamW, self.dp_group, low,
@@ -235,16 +244,10 @@ class Trainer:
         self.saver, self.stop = resume.Saver(self.out, args.keep, patience), False
         self.first_bad = torch.zeros((), device=args.device)    # step without a finite gradient
         dist.barrier()                              # from here on no rank has bad input
-        if self.log.exists() and not args.resume and self.rank == 0:    # nothing is overwritten
-            numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
-            aside = next(path for path in numbered if not path.exists())
-            os.replace(self.out, aside)
-            say(f"kept   the earlier run in {self.out} as {aside}")
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
+        on_all_ranks(self.begin_folder)
         self.meter = Meter(self.log if self.rank == 0 else None, self.step, args.steps,
                            args.batch_size * args.seq_len, config.flops(), self.flops_that_run(),
-                           self.peak())
+                           self.peak(), self.rows_before * args.seq_len)
         count, at_work = self.count_parameters()
         say(f"model  {count:,.0f} parameters: {args.layers} layers, C={args.dim}, H={args.heads}, "
             f"T={args.seq_len}; {self.world} x {args.device}")
@@ -284,6 +287,17 @@ class Trainer:
             self.tokens_per_byte = len(both[1]) / len(texts[1])
             self.prompt = self.tokenizer.encode("\n" if args.data else "\ndef ")
         return facts
+
+    def begin_folder(self):
+        """Rank 0 moves an earlier run aside: nothing is overwritten."""
+        if self.rank > 0:
+            return
+        if self.log.exists() and not self.args.resume:
+            numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
+            aside = next(path for path in numbered if not path.exists())
+            os.replace(self.out, aside)
+            say(f"kept   the earlier run in {self.out} as {aside}")
+        self.out.mkdir(parents=True, exist_ok=True)
 
     def count_parameters(self):
         """-> all of the model, however it is cut; those that work for one token."""
@@ -348,15 +362,21 @@ class Trainer:
         found = self.model.get_submodule(name.rpartition(".")[0])
         return getattr(found, name.rpartition(".")[2])
 
-    def load(self):
-        """Read the last checkpoint into model and optimizers, in place -> its step."""
+    def make_state(self):
+        """The optimizers' state tensors, by a step of size 0; then all of it is 0, too."""
         for p in self.model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
-        for optimizer, _ in self.optimizers:        # a step of size 0 makes its state tensors
+        for optimizer, _ in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
             optimizer.step()
             optimizer.zero_grad()
+            for t in (t for entries in optimizer.state.values() for t in entries.values()):
+                t.zero_()
+
+    def load(self):
+        """Read the last checkpoint into model and optimizers, in place -> its step."""
+        self.make_state()
         state = self.tensors()
         step, settings, problem = resume.load_last(self.out, state, self.facts)
         if problem:
@@ -366,7 +386,12 @@ class Trainer:
         mine = self.parts(state)
         for name, t in self.entries():
             t.copy_(mine[name])
+        self.resumed, self.rows_before = step, settings.get("rows", step * self.args.batch_size)
         return step
+
+    def first_row(self):
+        """Number of the first row of the step's batch, from the start of training."""
+        return self.rows_before + (self.step - self.resumed) * self.args.batch_size
 
     def sum_over_ranks(self, *values):
         total = torch.tensor(values, dtype=torch.float64)
@@ -416,7 +441,7 @@ class Trainer:
         """Of a part's mean loss: its number of targets / that of an average part of the step."""
         if not isinstance(self.windows, Pairs):
             return 1.0                              # all have as many
-        step = range(self.step * self.args.batch_size, (self.step + 1) * self.args.batch_size)
+        step = range(self.first_row(), self.first_row() + self.args.batch_size)
         mean = self.windows.targets(step) / (self.dp * self.microbatches)
         return (targets != -100).sum().item() / mean
 
@@ -432,7 +457,7 @@ class Trainer:
         torch.manual_seed(zlib.crc32(f"{args.seed} {self.step} {holder}".encode()))
         self.model.set_loss_scale(self.scale / self.microbatches)
         rows = args.batch_size // self.dp
-        begin = self.step * args.batch_size + self.dp_rank * rows
+        begin = self.first_row() + self.dp_rank * rows
         if self.pipeline:
             x, y = self.examples(self.windows, range(begin, begin + rows))
             with self.parallel.no_sync():
@@ -488,7 +513,7 @@ class Trainer:
     def train(self):
         """Step until --steps, or until self.stop on some rank; every so often a log line, a
         validation, a checkpoint. -> Did it get to --steps?"""
-        args, stopping, spent = self.args, False, {}
+        args, stopping, spent, parent = self.args, False, {}, os.getppid()
         begin = min(9, args.profile_every - 1)              # of profiling: the tenth step, ...
         trace = self.out / "trace.json" if self.rank == 0 else None
         while self.step < args.steps and not stopping:
@@ -509,6 +534,8 @@ class Trainer:
                 widest = max(self.dp, args.tp, args.pp)     # else groups are of several sizes
                 spent |= report(json.loads(trace.read_text()),
                                 self.world if widest == self.world and args.ep == 1 else None)
+            if dist.is_torchelastic_launched() and os.getppid() != parent:
+                self.stop = True                        # the launcher is gone: nobody would stop it
             stopping = bool(self.max_over_ranks(self.stop) if self.world > 1 else self.stop)
             keep = keep or stopping
             if not (log or check or keep):
@@ -532,7 +559,8 @@ class Trainer:
             if keep:
                 settings = {key: value for key, value in vars(args).items() if key not in LAYOUT}
                 settings["scaler"] = self.scaler and self.scaler.state_dict()
-                settings |= {"job": job(), "stopped": os.getppid() if stopping else None}
+                settings |= {"job": job(), "stopped": os.getppid() if stopping else None,
+                             "rows": self.first_row()}
                 state = self.tensors()
                 if self.max_over_ranks(not all(t.isfinite().all() for t in state.values())):
                     self.give_up(f"weights or optimizer state are not finite after step "
@@ -560,7 +588,7 @@ class Trainer:
         if self.scaler or math.isfinite(loss) and first == 0:
             return
         step = first or self.step
-        begin = (step - 1) * self.args.batch_size
+        begin = self.first_row() - (self.step - step + 1) * self.args.batch_size
         where = self.windows.where(range(begin, begin + min(8, self.args.batch_size)))
         self.give_up(f"loss {loss}, gradient norm {norm} at step {self.step}: first not finite in "
                      f"step {step}, whose batch begins with {where}: lower --lr, or look at that "
@@ -618,7 +646,7 @@ class Trainer:
                 for name in TOKENIZER if self.args.tokenizer else ():
                     if pathlib.Path(self.args.tokenizer, name).is_file():
                         shutil.copy(pathlib.Path(self.args.tokenizer, name), self.out / "model")
-        except (ValueError, ImportError, OSError) as reason:
+        except Exception as reason:                 # also safetensors' own: the run itself is done
             say(f"note   no folder to share: {reason}")
 
     @torch.no_grad()
@@ -667,7 +695,10 @@ def folder_config(folder, seq_len, tokens):
     path = pathlib.Path(folder, "config.json")
     if not path.is_file():
         raise ValueError(f"--init {folder}: no config.json there: give a folder such as out/model")
-    config = config_of(json.loads(path.read_text()), seq_len)
+    try:
+        config = config_of(json.loads(path.read_text()), seq_len)
+    except (json.JSONDecodeError, TypeError, AttributeError) as problem:
+        raise ValueError(f"--init {folder}: config.json: {problem}") from problem
     own = pathlib.Path(folder, "tokenizer.json").is_file()
     if config.vocab_size < tokens or not own and config.vocab_size != 256:
         raise ValueError(f"--init {folder}: the model has {config.vocab_size} tokens, "
@@ -681,6 +712,48 @@ def folder_crc32(folder):
     for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
         crc32 = zlib.crc32(path.read_bytes(), crc32)
     return f"{crc32:08x}"
+
+
+def on_all_ranks(task, *given, same=None):
+    """task(*given), and what it gives. ValueError on all ranks, if one has a problem with it, or
+    another `same` than rank 0."""
+    result = problem = None
+    try:
+        result = task(*given)
+    except (ValueError, OSError, ImportError) as error:
+        problem = str(error)
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (problem, same))
+    problems = [problem for problem, _ in every]
+    for rank, problem in enumerate(problems):
+        if problem:
+            raise ValueError(f"rank {rank}: {problem}" if None in problems else problem)
+    for rank, (_, other) in enumerate(every):
+        if other != every[0][1]:
+            raise ValueError(f"rank {rank} reads other data, or another model, than rank 0: "
+                             f"{other}, {every[0][1]}")
+    return result
+
+
+CLAIMED = []                                        # descriptors of folders that are locked
+
+
+def claim(out):
+    """Rank 0 locks the folder of a run, if it is there, until its process ends. ValueError: another
+    process has locked it."""
+    if dist.get_rank() > 0 or not os.path.isdir(out) or any(
+            os.path.samestat(os.fstat(folder), os.stat(out)) for folder in CLAIMED):
+        return
+    import fcntl                                    # not on Windows
+    CLAIMED.append(os.open(out, os.O_RDONLY))
+    try:
+        fcntl.flock(CLAIMED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(CLAIMED.pop())
+        raise ValueError(f"--out {out}: a run is going on there: wait for it, stop it, or name "
+                         f"another --out") from None
+    except OSError:                                 # a file system without locks
+        pass
 
 
 def fail(message):
@@ -717,7 +790,8 @@ def parse(argv):
         "to a multiple of 128; bytes: 256")
     add("--init", help="start from the model of this folder, instead of at random; it gives the "
         "shape, too")
-    add("--peft", choices=tuple(peft.METHODS), help="with --init: train only this beside it")
+    methods = [name for name in peft.METHODS if name != "bitfit"]  # none of these has biases
+    add("--peft", choices=methods, help="with --init: train only this beside it")
     add("--merge", action="store_true", help="with --peft: at the end, write a whole model/, too")
     add("--layers", type=int, default=3)
     add("--dim", type=int, default=128, help="width C of the model")
@@ -739,8 +813,10 @@ def parse(argv):
     add("--batch-size", type=int, default=4, help="sequences in a step, over all ranks")
     add("--microbatches", type=int, help="parts in which a rank takes its share; default: 1, "
         "with --pp as many as divide it, at most 4 a process of --pp")
-    add("--optimizer", choices=("muon", "adamw"), help="default: muon, with --zero adamw")
-    add("--lr", type=float, help="peak learning rate; default: 0.04 for muon, 0.002 for adamw")
+    add("--optimizer", choices=("muon", "adamw"), help="default: muon; with --zero, "
+        "--tp and --peft adamw")
+    add("--lr", type=float, help="peak learning rate; default: 0.04 for muon, 0.002 for adamw, "
+        "0.01 with --peft")
     add("--warmup", type=int, default=0, help="steps until the peak")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--seed", type=int, default=0)
@@ -803,13 +879,16 @@ def parse(argv):
                          f"GPUs: use --nproc {torch.cuda.device_count()}, or --device cpu")
     args.optimizer = args.optimizer or (
         "adamw" if args.zero or args.tp > 1 or args.peft else "muon")
+    if preset and args.lr == PRESETS[preset].get("lr") and args.optimizer != "muon":
+        args.lr = None                                  # a preset's is Muon's
+    if args.clip < 0:
+        raise ValueError(f"--clip {args.clip}: use 0, no limit, or more")
     if args.peft and (args.optimizer == "muon" or args.dtype == "fp8"):
         raise ValueError("--peft goes with --optimizer adamw, and without --dtype fp8")
     if not args.init and (args.peft or args.merge) or args.merge and not args.peft:
         raise ValueError("--peft needs --init FOLDER, and --merge needs --peft")
-    if args.merge and args.peft not in ("lora", "dora", "ia3", "bitfit"):
-        raise ValueError(f"--merge: {args.peft} is no change of weights; lora, dora, ia3 and "
-                         f"bitfit are")
+    if args.merge and args.peft not in ("lora", "dora", "ia3"):
+        raise ValueError(f"--merge: {args.peft} is no change of weights; lora, dora and ia3 are")
     if args.peft in ("prompt", "p_tuning") and args.pp > 1:
         raise ValueError(f"--peft {args.peft} goes without --pp: the prompt enters and leaves the "
                          f"whole model")
@@ -952,7 +1031,9 @@ def main(argv):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        on_all_ranks(claim, args.out)
         trainer = Trainer(args)
+        on_all_ranks(claim, args.out)                   # it may be a new folder
     except (ValueError, OSError, ImportError) as problem:
         fail(problem)
     signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop", True))
@@ -969,8 +1050,10 @@ def main(argv):
             leave(f"error: rank {dist.get_rank()} waited {args.timeout} s for others, in step "
                   f"{trainer.step + 1}: {trainer.who_is_missing()}")
         if isinstance(problem, OSError):
-            leave(f"error: cannot write: {problem}. The last checkpoint is whole: make room, and "
-                  f"go on with --resume")
+            leave(f"error: cannot write: {problem}. " + (
+                "The last checkpoint is whole: make room, and go on with --resume"
+                if resume.saved(args.out) else "No checkpoint is there yet: make room, and start "
+                "again"))
         traceback.print_exc()
         leave(1)
     dist.destroy_process_group()
