@@ -1073,8 +1073,9 @@ def check_triton_equals_dense(module, shapes=TRITON_SHAPES, D=16):
 
 
 @needs_triton
-def test_triton_kernels_equal_dense_attention_on_ragged_and_grouped_shapes():
-    check_triton_equals_dense(flash_triton)
+@pytest.mark.parametrize("shapes", [TRITON_SHAPES[::4], slow(TRITON_SHAPES)], ids=["some", "all"])
+def test_triton_kernels_equal_dense_attention_on_ragged_and_grouped_shapes(shapes):
+    check_triton_equals_dense(flash_triton, shapes)
 
 
 @pytest.mark.slow
@@ -1105,6 +1106,7 @@ def test_the_triton_check_notices_a_wrong(what, line, broken):
     assert_caught(check_triton_equals_dense, mutant("flash_triton", line, broken), shapes)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_half_precision_errs_no_more_than_sdpa():
     """Relative error against float64 from the same rounded inputs, causal and not."""
@@ -2329,7 +2331,7 @@ def _zero_mixed(change=None):
     close(before - model.full_state_dict()["model.weight"], torch.full((3, 1), 1e4), 1e-2, "step")
 
 
-@pytest.mark.parametrize("n", [slow(2), 3])
+@pytest.mark.parametrize("n", [2, slow(3)])
 def test_zero_mixed_precision_equals_a_one_process_reference(ranks, n):
     ranks.run(_zero_mixed, n)
 
@@ -8437,7 +8439,7 @@ def check_train_compiled(ranks, corpus, out, argv, n, limit):
 
 
 @pytest.mark.parametrize("argv, n, limit", [
-    ([], 1, 1e-6), (["--zero", "3"], 2, 1e-5), (["--recompute", "0.5"], 1, 1e-6),
+    ([], 1, 1e-6), slow((["--zero", "3"], 2, 1e-5)), (["--recompute", "0.5"], 1, 1e-6),
     (["--dtype", "bf16", "--dropout", "0.1"], 1, 5e-3)], ids=["fp32", "zero3", "share", "bf16"])
 def test_train_compiled_is_the_same_run_of_two_graphs(ranks, corpus, tmp_path, argv, n, limit):
     check_train_compiled(ranks, corpus, tmp_path, argv, n, limit)
