@@ -716,7 +716,7 @@ def folder_crc32(folder):
 
 def on_all_ranks(task, *given, same=None):
     """task(*given), and what it gives. ValueError on all ranks, if one has a problem with it, or
-    another `same` than rank 0."""
+    another `same`, a dict of these keys, than rank 0."""
     result = problem = None
     try:
         result = task(*given)
@@ -728,10 +728,12 @@ def on_all_ranks(task, *given, same=None):
     for rank, problem in enumerate(problems):
         if problem:
             raise ValueError(f"rank {rank}: {problem}" if None in problems else problem)
+    first = every[0][1]
     for rank, (_, other) in enumerate(every):
-        if other != every[0][1]:
-            raise ValueError(f"rank {rank} reads other data, or another model, than rank 0: "
-                             f"{other}, {every[0][1]}")
+        if other != first:
+            names = [name for name in first if other[name] != first[name]]
+            raise ValueError(f"rank {rank} reads other data, or another model, than rank 0: " +
+                             ", ".join(f"{n} = {other[n]}, not {first[n]}" for n in names))
     return result
 
 
@@ -851,7 +853,7 @@ def parse(argv):
     add("--plan", choices=tuple(CHIPS), help="do not train: print memory, traffic and time of this "
         "run, if each process had such a GPU")
     args = parser.parse_args(argv)
-    preset = args.preset
+    preset, rate = args.preset, args.lr
     if preset:
         if args.init:
             raise ValueError("--preset goes without --init, which gives the shape")
@@ -879,8 +881,8 @@ def parse(argv):
                          f"GPUs: use --nproc {torch.cuda.device_count()}, or --device cpu")
     args.optimizer = args.optimizer or (
         "adamw" if args.zero or args.tp > 1 or args.peft else "muon")
-    if preset and args.lr == PRESETS[preset].get("lr") and args.optimizer != "muon":
-        args.lr = None                                  # a preset's is Muon's
+    if preset and args.optimizer != "muon":
+        args.lr = rate                                  # a preset's is Muon's
     if args.clip < 0:
         raise ValueError(f"--clip {args.clip}: use 0, no limit, or more")
     if args.peft and (args.optimizer == "muon" or args.dtype == "fp8"):
