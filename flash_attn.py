@@ -61,8 +61,7 @@ def merge(a, b):
     """Join the partial results of two disjoint sets of keys; any order and nesting will do.
 
     exp(s - m_a) exp(m_a - m) = exp(s - m): with m = max(m_a, m_b), the factor exp(m_a - m) <= 1
-    turns l_a and o_a into sums that refer to m. The same for b; then they add.
-    """
+    turns l_a and o_a into sums that refer to m. The same for b; then they add."""
     (m_a, l_a, o_a), (m_b, l_b, o_b) = a, b
     m = torch.maximum(m_a, m_b)
     finite = m.masked_fill(m == -math.inf, 0)               # no key in either: not exp(-inf + inf)
@@ -139,8 +138,7 @@ def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
     Causal is aligned bottom-right: the last query sees every key, as decoding with a KV cache
     needs. A query without keys gives 0. backend: "triton"; "torch", the tiles above, of `block`
     positions; "sdpa"; None: triton for half precision on a GPU that it can use, else sdpa.
-    ValueError: shapes or dtypes that do not fit, unknown or impossible backend, block < 1.
-    """
+    ValueError: shapes or dtypes that do not fit, unknown or impossible backend, block < 1."""
     device = q.device.type
     # To the type that a product has here: under autocast a lower one. SDPA does the same.
     q, k, v = (x.to((x.new_empty(0, 1) @ x.new_empty(1, 0)).dtype) for x in (q, k, v))
@@ -165,9 +163,8 @@ def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
             return TiledAttention.apply(q, k, v, shift, scale, block)
     # SDPA aligns is_causal top-left, so it is right for Tq == Tk only.
     blind = max(0, Tq - Tk) if causal else 0                # queries without keys: cut, then padded
-    mask = None
-    if causal and 1 < Tq < Tk:                              # a single query sees every key
-        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+    mask = (torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+            if causal and 1 < Tq < Tk else None)            # a single query sees every key
     if q.is_cuda and q.element_size() > 2 and H != N:   # no fused kernel of float32 knows groups
         k, v = (x.repeat_interleave(H // N, 1) for x in (k, v))
     o = F.scaled_dot_product_attention(q[:, :, blind:], k, v, mask, scale=scale,

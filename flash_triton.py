@@ -7,8 +7,7 @@
     backward   tiles of q  walk along the keys       dq in registers; leaves delta for the next
                tiles of k  walk along the queries    dk, dv in registers, over all heads of a group
 Cost     HBM holds q k v o and lse: linear in T. The backward makes 7 tile products (s, dp twice);
-         FlashAttention-2 makes 5 and adds dq up with atomics, in no fixed order: here each element
-         is written once, the same bits in every run.
+         FlashAttention-2 makes 5, and adds dq with atomics, in no fixed order; here bits repeat.
 Built    for Hopper in half precision: its copy engine, TMA, moves the tiles, its wgmma multiplies
          them, no register spills up to D = 128: the demo compiles, without a GPU, and counts.
 Paper    Dao 2023, FlashAttention-2, algorithms 1 and 2; Tillet et al. 2019, Triton.
@@ -247,10 +246,9 @@ def compiler_report(kernel, D, walk, **constants):
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     built = triton.compile(source, target, {"num_warps": warps, "num_stages": stages}).asm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built["cubin"])
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+        pathlib.Path(file.name).write_bytes(built["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.check_output(command, text=True)
     registers, spilled = (int(usage.split(key)[1].split()[0]) for key in (" REG:", " STACK:"))
     return registers, spilled, built["ptx"].count("wgmma.mma_async")
 

@@ -34,8 +34,7 @@ import torch.nn.functional as F
 def rope_table(seq_len, head_dim, base=10000., scaling=None):          # -> 2 x (T, D/2)
     """cos and sin of the angles m theta_i, float32. `scaling` is a Hugging Face rope dict; its
     rope_theta, if any, replaces base. "dynamic" depends on seq_len: keys rotated under a shorter
-    table do not fit. ValueError: odd head_dim, unknown rope_type, missing key, partial rotation.
-    """
+    table do not fit. ValueError: odd head_dim, unknown rope_type, missing key, partial rotation."""
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim={head_dim} does not split into pairs; make it even")
     scaling = {k: v for k, v in (scaling or {"type": "default"}).items() if v is not None}
@@ -85,8 +84,7 @@ def apply_rope(x, cos, sin, positions=None, interleaved=False):        # (B, H, 
     """Rotate the pairs of x by their position, in float32 or wider; the result has x's dtype.
     positions: (T,) or (B, T) integers, by default 0 .. T-1; needed with a KV cache (a new token is
     not at 0), left padding, packed documents. x as (B, T, H, D) would be rotated by head number.
-    ValueError: x not 4-D; table not (rows, D/2), not float32/float64, too short; bad positions.
-    """
+    ValueError: x not 4-D; table not (rows, D/2), not float32/float64, too short; bad positions."""
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; apply_rope needs (B, H, T, D)")
     B, _, T, D = x.shape

@@ -10075,7 +10075,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
               "metrics"}}
 LONGEST = {"model": 815, "train": 1085, "resume": 421, "metrics": 975, "checkpoint": 645,
            "zero": 607, "tp": 572, "pp": 800, "amp": 915, "ddp": 315, "moe": 570, "peft": 925,
-           "sft": 340, "rope": 302, "flash_triton": 302, "flash_attn": 303}   # others: 300
+           "sft": 340}                                      # others: 300
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report

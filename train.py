@@ -761,7 +761,7 @@ def claim(out):
 def fail(message):
     if os.environ.get("RANK", "0") == "0":          # under torchrun rank 0 speaks for all
         print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    leave(2)
 
 
 def compiler():
@@ -1037,6 +1037,8 @@ def main(argv):
         trainer = Trainer(args)
         on_all_ranks(claim, args.out)                   # it may be a new folder
     except (ValueError, OSError, ImportError) as problem:
+        if dist.is_initialized() and not dist.is_torchelastic_launched():
+            dist.destroy_process_group()                # joins gloo's threads: see leave()
         fail(problem)
     signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop", True))
     try:
