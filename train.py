@@ -154,9 +154,19 @@ class Trainer:
         causal = args.objective == "causal"
         if args.init:
             more = 16 if args.peft in ("prompt", "p_tuning") else 0         # peft.py's length
+            room = folder_config(args.init, None, self.tokenizer.size).seq_len - more
+            if args.seq_len > room:
+                raise ValueError(f"--seq-len {args.seq_len}: this model reads at most {room} tokens"
+                                 + (f" beside the {more} of --peft {args.peft}" if more else ""))
             config = folder_config(args.init, args.seq_len + more, self.tokenizer.size)
+            config = dataclasses.replace(config, seed=args.seed)
             for name in SHAPE:
-                setattr(args, name, getattr(config, name) if name != "seq_len" else args.seq_len)
+                if name != "seq_len":
+                    has, typed = getattr(config, name), getattr(args, name)
+                    if typed not in (None, has):
+                        raise ValueError(f"--{name.replace('_', '-')} {typed}: the model of --init "
+                                         f"has {has}; leave it out")
+                    setattr(args, name, has)
         else:
             config = Config(vocab_size=vocabulary(args, self.tokenizer.size), causal=causal,
                             **{name: getattr(args, name) for name in SHAPE})
@@ -848,8 +858,9 @@ def parse(argv):
     add("--timeout", type=int, default=600, help="seconds that a process waits for another")
     add("--eval-every", type=int, default=250, help="steps between validations")
     add("--log-every", type=int, default=50, help="steps between log lines")
-    add("--profile-every", type=int, default=500, help="steps between profiled ones, from the "
-        "tenth on: trace.json, and where time and memory went; 0: none")
+    add("--profile-every", "--profile", type=int, nargs="?", const=500, default=500, help="steps "
+        "between profiled ones, from the tenth on: trace.json, and where time and memory went; 0: "
+        "none")
     add("--plan", choices=tuple(CHIPS), help="do not train: print memory, traffic and time of this "
         "run, if each process had such a GPU")
     args = parser.parse_args(argv)
@@ -857,7 +868,14 @@ def parse(argv):
     if preset:
         if args.init:
             raise ValueError("--preset goes without --init, which gives the shape")
+        if args.objective != "causal" and "vocab_size" in PRESETS[preset]:
+            raise ValueError(f"--preset {preset}, a vocabulary of tokens, goes with --objective "
+                             f"causal")
         parser.set_defaults(**PRESETS[preset])
+        args = parser.parse_args(argv)
+    if args.init:                                       # None: not typed, see Trainer
+        own = {"seq_len", "dropout", "seed"}
+        parser.set_defaults(**{name: None for name in SHAPE if name not in own})
         args = parser.parse_args(argv)
     if args.resume:                                     # the run's own settings are the defaults
         if not resume.saved(args.out):
@@ -931,10 +949,11 @@ def parse(argv):
 
 def print_plan(args):
     """What metrics.py's planner expects of this run. ValueError: it does not know such models."""
-    config = Config(vocab_size=vocabulary(args, tokenizer_for(args).size),
-                    **{name: getattr(args, name) for name in SHAPE})
     if args.init:
         config = folder_config(args.init, args.seq_len, 0)
+    else:
+        config = Config(vocab_size=vocabulary(args, tokenizer_for(args).size),
+                        **{name: getattr(args, name) for name in SHAPE})
     if args.peft or config.shared_experts or config.moe_every > 1:
         raise ValueError("--plan goes without --peft, --shared-experts and --moe-every")
     if args.dtype not in ("bf16", "fp16") or args.recompute not in ("none", "full"):
