@@ -26,6 +26,7 @@ Left out label smoothing, second derivatives, biases, a vocabulary split over ra
 """
 
 import argparse
+import math
 import pathlib
 
 import torch
@@ -39,15 +40,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def nats_and_dz(z, targets, ignore_index):
-    """Logits z (n, V), targets (n,) -> the sum of their losses, and its gradient dz (n, V), both
-    float32 or wider. A target of ignore_index counts in neither."""
-    counted = targets != ignore_index
-    z = z.to(torch.promote_types(z.dtype, torch.float32))       # sums over V in 16 bits lose
-    label = targets.where(counted, 0).unsqueeze(-1)
-    log_sum = z.logsumexp(-1, keepdim=True)
-    nats = (log_sum - z.gather(-1, label)).squeeze(-1).where(counted, 0).sum()
-    dz = (z - log_sum).exp_().scatter_add_(-1, label, torch.full_like(log_sum, -1.0))
-    return nats, dz.mul_(counted.unsqueeze(-1))
+    """Logits z (n, V), targets (n,) -> the sum of their losses, float32 or wider, and its gradient
+    dz (n, V) in z's type. A target of ignore_index counts in neither."""
+    counted = (targets != ignore_index).unsqueeze(-1)
+    label = targets.unsqueeze(-1).where(counted, 0)
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))    # sums over V in 16 bits lose
+    log_sum = wide.logsumexp(-1, keepdim=True)
+    nats = (log_sum - wide.gather(-1, label)).where(counted, 0).sum()
+    dz = (wide - log_sum.where(counted, math.inf)).exp_()       # exp(-inf): 0 where none counts
+    if torch.compiler.is_compiling():           # one pass over V; a scatter would make it three
+        dz = dz - (torch.arange(z.shape[-1], device=z.device) == label.where(counted, -1)).to(dz)
+    else:                                       # in place: no matrix of V columns more
+        dz.scatter_add_(-1, label, -counted.to(dz.dtype))
+    return nats, dz.to(z.dtype)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -64,7 +69,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = x[i:i + chunk]
             z = F.linear(part, weight)                          # (chunk, V): the only logits
             some, dz = per_chunk(z, targets[i:i + chunk], ignore_index)
-            nats, dz = nats + some, dz.to(z.dtype)              # products in the type that z has
+            nats = nats + some
             if want_dx:
                 dx[i:i + chunk] = dz @ weight
             if want_dw:
