@@ -17,8 +17,9 @@ fp16 holds as 0; and a loss scale, which is there to prevent that, also comes fr
 Cost     FLOPs: those of logits, 6 N V C with the backward. Memory: dx (N C) and dW (V C, in fp32),
          twice in backward, and three times a chunk's logits in fp32, instead of three times N V.
          dW is read and written once a chunk, 8 V C bytes: small chunks cost time
-Paper    Hsu et al. 2024, Liger Kernel (FusedLinearCrossEntropy: as here); Wijmans et al. 2024, Cut
-         Your Losses in Large-Vocabulary Language Models (further: logits never leave the chip)
+Paper    Hsu et al. 2024, Liger Kernel (FusedLinearCrossEntropy: these chunks, but 1 / N in dz);
+         Wijmans et al. 2024, Cut Your Losses in Large-Vocabulary Language Models (further: logits
+         never leave the chip)
 Run      python loss.py            claims and figures/loss.png, about 8 s
          python loss.py --bench    time and memory beside whole logits and torch's own
 Left out label smoothing, second derivatives, biases, a vocabulary split over ranks (tp.py: a rank

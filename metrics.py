@@ -9,11 +9,12 @@
 
     MFU   tokens/s x model FLOPs of a token / peak FLOPs: useful work, recomputation not counted
     HFU   the same with the FLOPs that ran: with everything recomputed 4/3 of MFU
-          FLOPs of a token = 6 x matrix elements + 12 x layers x T x C (scores, all of them)
+          FLOPs of a token = 6 x matrix elements + 12 x layers x T x heads x head width (scores, all
+          of them; heads x width is C as a rule, not in PaLM)
 
     python metrics.py --plan --gpus 512 --chip H100 --layers 80 --dim 8192 --heads 64 --kv-heads 8 \
                       --hidden 28672 --vocab 128256 --seq-len 8192 --batch 512
-    every layout dp x tp x pp of these GPUs that fits: memory of a rank, bubble, step time, MFU
+    the 12 fastest layouts of these GPUs that fit: memory of a rank, bubble, step time, MFU
 
     python metrics.py --trace out/trace.json      where the time of a profiled step went:
     step = compute + exposed communication + data + rest         exposed: while nothing is computed

@@ -4,8 +4,8 @@
 
     tokens (B, T) -> embed -> [ x + attention(norm(x)), x + mlp(norm(x)) ] * layers -> norm -> head
 
-    default   RMSNorm before each part, RoPE, grouped-query attention with QK-norm, SwiGLU, untied
-              head, no biases
+    default   RMSNorm before each part, RoPE, attention with QK-norm (kv_heads < heads: grouped-
+              query), SwiGLU, untied head, no biases
     GPT-2     Config(norm="layernorm", position="learned", mlp="gelu", qk_norm=False, bias=True,
                      tied=True)
     Mixtral   Config(hidden=H, experts=8, expert_hidden=H, balance="aux", qk_norm=False)
@@ -17,7 +17,7 @@
 
 Start values: each parameter is drawn from a generator seeded by (seed, its name), so it depends on
 no other one, nor on how the model is spread over processes. The two layers that write into the
-residual stream (o, down) start at zero: every block starts as the identity.
+residual stream (o, down) start at zero: a pre-norm block starts as the identity.
 
 Paper     Vaswani et al. 2017; Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama: RMSNorm,
           SwiGLU, RoPE); Ainslie et al. 2023 (grouped-query attention); Henry et al. 2020 (QK-norm)

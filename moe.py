@@ -1,6 +1,7 @@
 r"""Mixture of experts: many MLPs, of which each token visits K. More parameters, the same FLOPs.
 
-    scores = softmax(W_r x)    y = sum over the K largest: weight_e * expert_e(x),  sum weight_e = 1
+    scores = softmax(W_r x)    y = sum over the K largest: weight_e * expert_e(x)
+    weight_e = score_e / sum of these K; for K = 1 the score itself, else W_r would not learn from y
     expert_e(x) = down_e (silu(gate_e x) * up_e x)
 
     tokens  a b c d e   choose   a:20 b:21 c:20 d:01 e:20     (E = 3 experts, K = 2)

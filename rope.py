@@ -14,8 +14,8 @@ past the trained length the slow pairs reach unseen angles. `scaling` slows pair
 (position interpolation, PI); yarn and llama3, the slow ones; dynamic, by raising the base (NTK).
 
 Cost     no parameters, a table of 4 T D bytes, 6 flops per pair of each q and k head in EVERY layer
-Paper    Su et al. 2021 (RoFormer) sec. 3.2.2, eq. 19; Chen et al. 2023 (PI); Peng et al. 2023
-         (YaRN); Press et al. 2021 (ALiBi); Vaswani et al. 2017 sec. 3.5 (sinusoidal)
+Paper    Su et al. 2021 (RoFormer) sec. 3.2.2; eq. 19, linear; Chen et al. 2023 (PI); Peng et al.
+         2023 (YaRN); Press et al. 2021 (ALiBi); Vaswani et al. 2017 sec. 3.5 (sinusoidal)
 Run      python rope.py      all claims, two tiny models and figures/rope.png, about 25 s
 Left out partial rotation (GPT-NeoX), 2-D positions, LongRoPE, fine-tuning after scaling
 """

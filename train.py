@@ -18,10 +18,10 @@
 
 --out (default out/) receives metrics.jsonl, loss.png, sample.txt, the best and the last two
 checkpoints, and at the end model/, a folder that transformers reads, or with --peft adapter/, one
-that peft reads. A batch and its dropout masks are functions of (seed, step): a resumed run repeats
-the uninterrupted one bit for bit, and any number of processes sees the same data. On SIGTERM it
-saves and ends; under torchrun --max-restarts, when a process dies, all go on from the last
-checkpoint.
+that peft reads. A batch is a function of (seed, step), dropout's masks of the rank, too: a resumed
+run repeats the uninterrupted one bit for bit, and any number of processes sees the same data. On
+SIGTERM it saves and ends; under torchrun --max-restarts, when a process dies, all go on from the
+last checkpoint.
 """
 
 import argparse
