@@ -509,8 +509,9 @@ class GPT(nn.Module):
     def save_pretrained(self, folder, shard_bytes=5 * 10**9, copy_from=None, **more):
         """Write such a folder, whole, in the weights' types: transformers reads it as Qwen3 (with
         qk_norm), Llama or Mixtral. copy_from: the folder that it comes from, whose tokenizer,
-        longest text and other settings it keeps. more: entries of config.json. All ranks call it;
-        not for a part of a pipeline. ValueError: no such model there, or the folder exists."""
+        longest text and other settings it keeps. more: entries of config.json. An adapter (peft.py)
+        is left out: merge it before. All ranks call it; not for a part of a pipeline. ValueError:
+        no such model there, or the folder exists."""
         folder, config = pathlib.Path(folder), theirs_of(self.config)
         if folder.exists():
             raise ValueError(f"{folder} exists: nothing is overwritten, name another folder")
@@ -521,6 +522,8 @@ class GPT(nn.Module):
                              "with balance='aux'")
         beside, files = folder.with_name(folder.name + ".tmp"), [{}]
         for name, p in self.named_parameters():
+            if "adapters" in name.split("."):
+                continue
             for key, t in theirs_from(name, unshard(p, self.tp_group)).items():
                 if sum(x.nbytes for x in files[-1].values()) + t.nbytes > shard_bytes:
                     files.append({})

@@ -132,6 +132,8 @@ def _rank_loop(rank, pipe):
             reply = ("error", f"rank {rank}: {traceback.format_exc()}")
         if dist.is_initialized():
             dist.destroy_process_group()
+        while train.CLAIMED:                            # train.py's process would have ended
+            os.close(train.CLAIMED.pop())
         faulthandler.cancel_dump_traceback_later()
         pipe.send(reply)
 
@@ -7978,6 +7980,9 @@ def test_train_leaves_an_adapter_and_a_merged_model(ranks, corpus, pretrained, t
     peft.load_adapter(base, out / "adapter", rename=model_module.hf_name)
     assert (base(x)[0] - start).abs().max() > 1e-2
     close(GPT.from_pretrained(out / "model")(x)[0], base(x)[0], 1e-4, "merged")
+    index = json.loads((out / "model" / "model.safetensors.index.json").read_text())
+    names = list(index["weight_map"])
+    assert names and not [name for name in names if "adapters" in name]
     stored = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert "model.layers.0.self_attn.q_proj" in stored["target_modules"]
 
@@ -8291,6 +8296,9 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--device", "abacus", *new], "choose from"),
         (["--data", corpus, "--seed", "-1", *new], "must be 0 or more"),
         (["--no-such-flag"], "unrecognized arguments"),
+        (["--data", str(out / "metrics.jsonl"), "--out", str(out)], "lies in --out"),
+        (["--data", corpus, "--warmup", "-1", *new], "--warmup -1: use 0 or more"),
+        (["--data", corpus, "--top-k", "1", *new], "--top-k goes with --experts"),
         (["--data", corpus, "--zero", "4", *new], "choose from"),
         (["--data", corpus, "--zero", "1", "--optimizer", "muon", *new], "Muon needs whole"),
         (["--resume", "--zero", "1", "--out", str(out)], "train with --optimizer adamw"),
@@ -8721,6 +8729,41 @@ def test_train_a_sample_has_no_token_that_the_tokenizer_lacks(ranks, corpus, tmp
     argv = [*TINY, "--data", corpus, "--vocab-size", "4096", "--steps", "1", "--lr", "1e-6"]
     ranks.run(_train, 1, [*argv, "--out", str(tmp_path / "a")], True)       # most are no bytes
     assert (tmp_path / "a" / "sample.txt").read_text().startswith("\n")
+    pytest.importorskip("safetensors", reason="folders: pip install safetensors")
+    again = ["--data", corpus, "--init", str(tmp_path / "a" / "model"), "--seq-len", "16"]
+    ranks.run(_train, 1, [*again, "--steps", "1", "--out", str(tmp_path / "b")])    # bytes, too
+    plan = [*again, "--dtype", "bf16", "--plan", "H100"]
+    train.print_plan(train.parse(plan))
+    with pytest.raises(ValueError, match="--layers 9: the model of --init has 2"):
+        train.print_plan(train.parse([*plan, "--layers", "9"]))
+
+
+def _rows_of_evaluation(argv):
+    trainer, rows = train.Trainer(train.parse(argv)), []
+    trainer.model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    trainer.evaluate(40)
+    return max(rows)
+
+
+def test_train_validation_holds_no_more_logits_than_training(ranks, corpus, tmp_path):
+    argv = ["--layers", "1", "--dim", "8", "--heads", "1", "--kv-heads", "1", "--seq-len", "64",
+            "--data", corpus, "--batch-size", "1", "--out", str(tmp_path / "run")]
+    few = ranks.run(_rows_of_evaluation, 1, [*argv, "--vocab-size", "300000"])[0]
+    assert few == 3 and ranks.run(_rows_of_evaluation, 1, argv)[0] == 31    # all there are
+
+
+def test_train_ends_well_without_matplotlib(corpus, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('none here')")
+    with mock.patch.dict(os.environ, {"PYTHONPATH": str(tmp_path)}):
+        run = command(*TINY, "--data", corpus, "--steps", "1", "--out", str(tmp_path / "run"))
+    assert run.returncode == 0 and "no loss.png: pip install matplotlib" in run.stdout, run.stderr
+    assert "weights crc32" in run.stdout
+
+
+def test_train_one_process_says_what_is_wrong_whatever_its_environment():
+    """RANK may be that of a pod."""
+    with mock.patch.dict(os.environ, {"RANK": "1"}):
+        assert command("--steps", "0").stderr == "error: --steps 0: use at least 1\n"
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -8745,6 +8788,11 @@ def test_train_resumes_with_its_own_preset_and_no_other(ranks, corpus, tmp_path)
     assert train.parse([*argv, "--resume"]).steps == 2      # torchrun repeats the command line
     with pytest.raises(ValueError, match="--resume goes without --preset"):
         train.parse(["--resume", "--out", str(tmp_path / "a"), "--preset", "gpt2"])
+    argv = [*argv[:-2], "--steps", "1", "--optimizer", "adamw", "--lr", "0.01", "--out"]
+    ranks.run(_train, 1, [*argv, str(tmp_path / "b")])
+    resumed = ["--resume", "--out", str(tmp_path / "b")]
+    for flags, lr in (([], 0.01), (["--preset", "shakespeare"], 0.01), (["--lr", "0.1"], 0.1)):
+        assert train.parse([*resumed, *flags]).lr == lr, flags
 
 
 def test_train_says_that_a_compiler_is_missing():
@@ -8976,6 +9024,43 @@ def test_faults_a_second_run_in_the_same_folder_is_refused(corpus, tmp_path):
         first.wait()
     assert command(*argv[:-2], "--steps", "2", "--out", str(out)).returncode == 0
     assert [path.name for path in tmp_path.glob("run.*")] == ["run.1"]
+
+
+def test_train_a_run_that_begins_while_another_reads_its_data_is_not_moved_aside(corpus, tmp_path):
+    """The folder was not there when this run looked for its lock."""
+    out = tmp_path / "run"
+    argv = [*TINY, "--data", corpus, "--steps", "100000", "--out", str(out)]
+    read, first = train.Trainer.read_data, []
+
+    def slowly(self):
+        first.append(_started(argv, out / "metrics.jsonl"))
+        return read(self)
+
+    try:
+        with mock.patch.object(train.Trainer, "read_data", slowly), pytest.raises(SystemExit):
+            train.main(argv)
+        assert first[0].poll() is None and not list(tmp_path.glob("run.*"))
+    finally:
+        first[0].kill()
+        first[0].wait()
+
+
+def test_train_the_folder_of_an_earlier_run_is_free_once_it_is_moved_aside(tmp_path):
+    import fcntl
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    new.mkdir()
+    with mock.patch.object(dist, "get_rank", lambda: 0):
+        for folder, is_free in ((old, False), (new, True)):
+            train.claim(folder)
+            other = os.open(old, os.O_RDONLY)
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                assert is_free
+            except BlockingIOError:
+                assert not is_free
+            os.close(other)
+    os.close(train.CLAIMED.pop())
 
 
 def test_faults_a_launcher_that_is_gone_ends_its_ranks(corpus, tmp_path):
@@ -10084,7 +10169,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "model": {"rope", "flash_attn", "tp", "moe", "checkpoint", "loss"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics"}}
-LONGEST = {"model": 815, "train": 1100, "resume": 421, "metrics": 975, "checkpoint": 645,
+LONGEST = {"model": 815, "train": 1130, "resume": 421, "metrics": 975, "checkpoint": 645,
            "zero": 607, "tp": 572, "pp": 800, "amp": 915, "ddp": 315, "moe": 570, "peft": 925,
            "sft": 340}                                      # others: 300
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}

@@ -141,15 +141,12 @@ class Trainer:
         self.log = self.out / "metrics.jsonl"
         if not self.out.name:
             raise ValueError(f"--out {self.out}: a run needs a folder of its own, name one")
-        taken = self.out.is_file() or self.out.is_dir() and any(self.out.iterdir())
-        if taken and not self.log.exists():
-            raise ValueError(f"--out {self.out} holds something that is no run: name another")
+        on_all_ranks(self.check_folder)
         self.tokenizer = on_all_ranks(tokenizer_for, args)
-        given = args.init or args.tokenizer
-        if given and self.out.resolve() in pathlib.Path(given).resolve().parents and (
-                not args.resume):
-            raise ValueError(f"{given} lies in --out {args.out}, which is moved aside: name "
-                             f"another --out")
+        for given in (args.init, args.tokenizer, args.data) if not args.resume else ():
+            if given and self.out.resolve() in pathlib.Path(given).resolve().parents:
+                raise ValueError(f"{given} lies in --out {args.out}, which is moved aside: name "
+                                 f"another --out")
         data = on_all_ranks(self.read_data)
         causal = args.objective == "causal"
         if args.init:
@@ -160,13 +157,7 @@ class Trainer:
                                  + (f" beside the {more} of --peft {args.peft}" if more else ""))
             config = folder_config(args.init, args.seq_len + more, self.tokenizer.size)
             config = dataclasses.replace(config, seed=args.seed)
-            for name in SHAPE:
-                if name != "seq_len":
-                    has, typed = getattr(config, name), getattr(args, name)
-                    if typed not in (None, has):
-                        raise ValueError(f"--{name.replace('_', '-')} {typed}: the model of --init "
-                                         f"has {has}; leave it out")
-                    setattr(args, name, has)
+            take_shape(args, config)
         else:
             config = Config(vocab_size=vocabulary(args, self.tokenizer.size), causal=causal,
                             **{name: getattr(args, name) for name in SHAPE})
@@ -195,7 +186,8 @@ class Trainer:
         n = args.pp * args.chunks
         mine = range(pp_rank, n, args.pp)
         layout = dict(tp_group=self.tp_group, sequence_parallel=args.sequence_parallel,
-                      stages=(mine, n), ep_group=ep_group, data_group=self.dp_group)
+                      stages=(mine, n), ep_group=ep_group,
+                      data_group=self.dp_group if self.dp > 1 else None)
         self.model = (GPT.from_pretrained(args.init, config.seq_len, **layout) if args.init else
                       GPT(config, **layout)).to(args.device)
         for p in self.model.parameters():
@@ -298,16 +290,24 @@ class Trainer:
             self.prompt = self.tokenizer.encode("\n" if args.data else "\ndef ")
         return facts
 
+    def check_folder(self):
+        taken = self.out.is_file() or self.out.is_dir() and any(self.out.iterdir())
+        if taken and not self.log.exists():
+            raise ValueError(f"--out {self.out} holds something that is no run: name another")
+
     def begin_folder(self):
-        """Rank 0 moves an earlier run aside: nothing is overwritten."""
+        """Rank 0 moves an earlier run aside: nothing is overwritten. Another may have begun since
+        this one was started."""
         if self.rank > 0:
             return
+        claim(self.out)
         if self.log.exists() and not self.args.resume:
             numbered = (self.out.with_name(f"{self.out.name}.{i}") for i in itertools.count(1))
             aside = next(path for path in numbered if not path.exists())
             os.replace(self.out, aside)
             say(f"kept   the earlier run in {self.out} as {aside}")
         self.out.mkdir(parents=True, exist_ok=True)
+        claim(self.out)
 
     def count_parameters(self):
         """-> all of the model, however it is cut; those that work for one token."""
@@ -419,8 +419,12 @@ class Trainer:
         self.model.eval()
         step = max(1, self.val_windows.count // most) if most else 1
         numbers, nats, targets = range(0, self.val_windows.count, step), 0.0, 0
-        for i in range(0, len(numbers), 32 * self.dp):
-            part = numbers[i:i + 32 * self.dp]
+        # Of small models 32 rows at a time, of large ones as many as training takes: their logits.
+        small = 2**26 // (self.args.seq_len * self.model.config.vocab_size)
+        trained = self.args.batch_size // (self.dp * self.microbatches)
+        at_once = self.dp * min(32, max(small, trained))
+        for i in range(0, len(numbers), at_once):
+            part = numbers[i:i + at_once]
             mine = list(part[self.dp_rank::self.dp])
             rows = [*mine, numbers[0]][:-(-len(part) // self.dp)]       # as many on all ranks
             x, y = self.examples(self.val_windows, rows)
@@ -628,16 +632,18 @@ class Trainer:
         whole = GPT(self.model.config)                                  # whatever the layout
         if self.args.peft:
             peft.adapt(whole, self.args.peft, seed=self.args.seed)
-        whole = whole.to(self.args.device).eval()
         for name, t in itertools.chain(whole.named_parameters(), whole.named_buffers()):
             t.data.copy_(state[f"model.{name}"])
-            crc32 = zlib.crc32(t.detach().cpu().numpy().tobytes(), crc32)
+            crc32 = zlib.crc32(t.detach().numpy().tobytes(), crc32)
         if self.sum_over_ranks(crc32) != [crc32 * self.world]:
             raise RuntimeError(f"rank {self.rank} holds other weights than the rest: {crc32:08x}")
         if self.rank == 0:
-            self.sample(whole)
-            self.meter.plot(self.out / "loss.png")
+            self.sample(whole.to(self.args.device).eval())
             self.export(whole)
+            try:
+                self.meter.plot(self.out / "loss.png")
+            except ImportError:
+                say("note   no loss.png: pip install matplotlib")
         say(f"weights crc32 {crc32:08x} on {self.world} rank(s); the run is in {self.out}/")
 
     def export(self, model):
@@ -652,6 +658,7 @@ class Trainer:
                 shutil.rmtree(self.out / "model", ignore_errors=True)
                 pairs = isinstance(self.windows, Pairs) and isinstance(self.tokenizer, Bytes)
                 more = {"eos_token_id": self.tokenizer.end} if pairs or self.args.tokenizer else {}
+                more["byte_level"] = isinstance(self.tokenizer, Bytes)      # for folder_config()
                 model.save_pretrained(self.out / "model", copy_from=self.args.init, **more)
                 for name in TOKENIZER if self.args.tokenizer else ():
                     if pathlib.Path(self.args.tokenizer, name).is_file():
@@ -706,15 +713,28 @@ def folder_config(folder, seq_len, tokens):
     if not path.is_file():
         raise ValueError(f"--init {folder}: no config.json there: give a folder such as out/model")
     try:
-        config = config_of(json.loads(path.read_text()), seq_len)
+        theirs = json.loads(path.read_text())
+        config = config_of(theirs, seq_len)
     except (json.JSONDecodeError, TypeError, AttributeError) as problem:
         raise ValueError(f"--init {folder}: config.json: {problem}") from problem
     own = pathlib.Path(folder, "tokenizer.json").is_file()
-    if config.vocab_size < tokens or not own and config.vocab_size != 256:
+    of_bytes = config.vocab_size == 256 or theirs.get("byte_level")
+    if config.vocab_size < tokens or not own and not of_bytes:
         raise ValueError(f"--init {folder}: the model has {config.vocab_size} tokens, "
                          + (f"tokenizer.json {tokens}" if own else "and no tokenizer.json is there "
                             "to make them: without one it must be 256, bytes"))
     return config
+
+
+def take_shape(args, config):
+    """Of the model of --init. ValueError: a flag that says otherwise."""
+    for name in SHAPE:
+        if name not in ("seq_len", "seed"):
+            has, typed = getattr(config, name), getattr(args, name)
+            if typed not in (None, has):
+                raise ValueError(f"--{name.replace('_', '-')} {typed}: the model of --init has "
+                                 f"{has}; leave it out")
+            setattr(args, name, has)
 
 
 def folder_crc32(folder):
@@ -747,29 +767,32 @@ def on_all_ranks(task, *given, same=None):
     return result
 
 
-CLAIMED = []                                        # descriptors of folders that are locked
+CLAIMED = []                                        # the descriptor of the folder that is locked
 
 
 def claim(out):
-    """Rank 0 locks the folder of a run, if it is there, until its process ends. ValueError: another
-    process has locked it."""
+    """Rank 0 locks the folder of a run, if it is there, until its process ends, or claims another.
+    ValueError: another process has locked it."""
     if dist.get_rank() > 0 or not os.path.isdir(out) or any(
             os.path.samestat(os.fstat(folder), os.stat(out)) for folder in CLAIMED):
         return
     import fcntl                                    # not on Windows
-    CLAIMED.append(os.open(out, os.O_RDONLY))
+    folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(CLAIMED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(CLAIMED.pop())
+        os.close(folder)
         raise ValueError(f"--out {out}: a run is going on there: wait for it, stop it, or name "
                          f"another --out") from None
     except OSError:                                 # a file system without locks
         pass
+    while CLAIMED:
+        os.close(CLAIMED.pop())
+    CLAIMED.append(folder)
 
 
 def fail(message):
-    if os.environ.get("RANK", "0") == "0":          # under torchrun rank 0 speaks for all
+    if not dist.is_torchelastic_launched() or os.environ["LOCAL_RANK"] == "0":    # once a machine
         print(f"error: {message}", file=sys.stderr, flush=True)
     leave(2)
 
@@ -832,7 +855,7 @@ def parse(argv):
     add("--warmup", type=int, default=0, help="steps until the peak")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--seed", type=int, default=0)
-    here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu", "mps"]
+    here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=here, help="default: cuda, if every process has a GPU, else cpu")
     add("--dtype", choices=tuple(LOW), default="fp32", help="of matrix products; fp16 and fp8 are "
         "emulated on a CPU, bf16 only used if it has the instruction")
@@ -899,10 +922,14 @@ def parse(argv):
                          f"GPUs: use --nproc {torch.cuda.device_count()}, or --device cpu")
     args.optimizer = args.optimizer or (
         "adamw" if args.zero or args.tp > 1 or args.peft else "muon")
-    if preset and args.optimizer != "muon":
+    if preset and args.optimizer != "muon" and not args.resume:
         args.lr = rate                                  # a preset's is Muon's
-    if args.clip < 0:
-        raise ValueError(f"--clip {args.clip}: use 0, no limit, or more")
+    for name in ("clip", "warmup", "profile_every", "shared_experts"):
+        if (getattr(args, name) or 0) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 0 or more")
+    useless = [name for name in EXPERTS[1:] if getattr(args, name) != parser.get_default(name)]
+    if useless and not args.experts and not args.init:
+        raise ValueError(f"--{useless[0].replace('_', '-')} goes with --experts")
     if args.peft and (args.optimizer == "muon" or args.dtype == "fp8"):
         raise ValueError("--peft goes with --optimizer adamw, and without --dtype fp8")
     if not args.init and (args.peft or args.merge) or args.merge and not args.peft:
@@ -951,6 +978,7 @@ def print_plan(args):
     """What metrics.py's planner expects of this run. ValueError: it does not know such models."""
     if args.init:
         config = folder_config(args.init, args.seq_len, 0)
+        take_shape(args, config)
     else:
         config = Config(vocab_size=vocabulary(args, tokenizer_for(args).size),
                         **{name: getattr(args, name) for name in SHAPE})
@@ -1044,17 +1072,16 @@ def main(argv):
         if dist.is_torchelastic_launched():
             # gloo, and nccl where there is CUDA
             dist.init_process_group(timeout=datetime.timedelta(seconds=args.timeout))
-            if restarted(args):
-                args = parse([*argv, "--resume"])
         elif args.nproc > 1:
             return start_ranks(args, argv)
         else:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        on_all_ranks(claim, args.out)
+        on_all_ranks(claim, args.out)                   # also later, where it is a new folder
+        if dist.is_torchelastic_launched() and restarted(args):
+            args = parse([*argv, "--resume"])
         trainer = Trainer(args)
-        on_all_ranks(claim, args.out)                   # it may be a new folder
     except (ValueError, OSError, ImportError) as problem:
         if dist.is_initialized() and not dist.is_torchelastic_launched():
             dist.destroy_process_group()                # joins gloo's threads: see leave()
@@ -1067,7 +1094,7 @@ def main(argv):
             say(f"stopped by SIGTERM: step {trainer.step} is saved; go on with --resume")
         dist.barrier()                                  # gloo may abort whom others leave behind
     except SystemExit as ended:
-        leave(ended.code)
+        leave(ended.code if dist.get_rank() == 0 else 1)        # said once: all ranks give up
     except (OSError, RuntimeError) as problem:
         if "imed out" in str(problem):
             leave(f"error: rank {dist.get_rank()} waited {args.timeout} s for others, in step "
