@@ -10169,7 +10169,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "model": {"rope", "flash_attn", "tp", "moe", "checkpoint", "loss"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics"}}
-LONGEST = {"model": 815, "train": 1130, "resume": 421, "metrics": 975, "checkpoint": 645,
+LONGEST = {"model": 815, "train": 1140, "resume": 421, "metrics": 975, "checkpoint": 645,
            "zero": 607, "tp": 572, "pp": 800, "amp": 915, "ddp": 315, "moe": 570, "peft": 925,
            "sft": 340}                                      # others: 300
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}

@@ -25,6 +25,7 @@ last checkpoint.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -1083,8 +1084,8 @@ def main(argv):
             args = parse([*argv, "--resume"])
         trainer = Trainer(args)
     except (ValueError, OSError, ImportError) as problem:
-        if dist.is_initialized() and not dist.is_torchelastic_launched():
-            dist.destroy_process_group()                # joins gloo's threads: see leave()
+        if not dist.is_torchelastic_launched():
+            end_group()
         fail(problem)
     signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop", True))
     try:
@@ -1110,10 +1111,17 @@ def main(argv):
     leave(0)
 
 
+def end_group():
+    """Ends gloo's threads, too."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def leave(code):
     """End, at once under torchrun: a thread that saves may wait for a rank that is gone, and gloo's
     threads may hold tensors as Python ends, and abort. A text is printed, and ends with 1."""
     if not dist.is_torchelastic_launched():
+        atexit.register(end_group)                  # called once the thread that saves has ended
         sys.exit(code)
     if isinstance(code, str):
         print(code, file=sys.stderr)
