@@ -60,8 +60,7 @@ from model import GPT, TOKENIZER, Config, config_of, hf_name
 from muon import Muon
 from pp import NAMES, Pipeline, schedule
 from sft import Bytes, Pairs, pairs_file, tokenizer_of
-from tp import (cuts, grad_norm, part_like, sum_replicated_grads, tp_size, unshard,
-                vocab_parallel_cross_entropy)
+from tp import cuts, grad_norm, part_like, sum_replicated_grads, tp_size, unshard
 from zero import Zero, held as held_by_zero
 
 EXPERTS = "experts", "top_k", "shared_experts", "expert_hidden", "moe_every", "balance"
@@ -219,7 +218,7 @@ class Trainer:
         self.zero = self.pipeline = None
         if args.pp > 1:
             def loss_of(logits, targets):
-                return vocab_parallel_cross_entropy(logits, targets, self.tp_group)
+                return self.model.loss_of(logits, targets, self.tp_group)
 
             def loss_to_step(logits, targets):
                 return loss_of(logits, targets) * (self.scale * self.weight(targets))
