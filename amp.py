@@ -317,8 +317,8 @@ class MasterWeights:
                 optimizer = optimizer_cls([{**group, "params": [master]}], **kwargs)
                 self.parts.append((p, master, optimizer))
                 self._forget(p, master)
-        self.generators = {p.device: torch.Generator(p.device).manual_seed(seed)
-                           for p, _, _ in self.parts}
+        devices = dict.fromkeys(p.device for p, _, _ in self.parts if stochastic_rounding)
+        self.generators = {d: torch.Generator(d).manual_seed(seed) for d in devices}
 
     @property
     def param_groups(self):
@@ -378,20 +378,20 @@ class MasterWeights:
         return {"shapes": [p.shape for p, _, _ in self.parts],
                 "masters": [master.detach().clone() for _, master, _ in self.parts],
                 "optimizers": [copy.deepcopy(o.state_dict()) for _, _, o in self.parts],
-                "generators": {str(d): g.get_state() for d, g in self.generators.items()}}
+                "generators": [g.get_state() for g in self.generators.values()]}
 
     @torch.no_grad()
     def load_state_dict(self, state):
         if state["shapes"] != [p.shape for p, _, _ in self.parts]:
             raise ValueError("the state is of other parameters: give those, in the same order")
+        for generator, saved in zip(self.generators.values(), state["generators"], strict=True):
+            generator.set_state(saved)          # first: RuntimeError, of another kind of device
         for (p, master, optimizer), saved, theirs in zip(self.parts, state["masters"],
                                                          state["optimizers"]):
             master.copy_(saved)
             optimizer.load_state_dict(theirs)
             if not self.stochastic:
                 p.copy_(master)
-        for device, generator in self.generators.items():
-            generator.set_state(state["generators"][str(device)])
 
 
 class Float8(nn.Module):

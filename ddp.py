@@ -99,6 +99,10 @@ class DDP(nn.Module):
         self._ready, self._sent = set(), []     # until sync(): complete gradients; (buffer, work)s
         if not bucket_mb > 0 or self.world_size < 1:
             raise ValueError(f"bucket_mb={bucket_mb} must be above 0, and this rank in the group")
+        if any(hasattr(p, "expert_parallel") and not hasattr(p, "replicas")
+               for p in module.parameters()):
+            raise ValueError("experts on several ranks (moe.py): set p.replicas of each, the group "
+                             "of those that hold the same")
         tensors = dict([*module.named_parameters(), *module.named_buffers()])
         mine = [f"{bucket_mb=}"]
         mine += [f"{k} {tuple(t.shape)} {t.dtype} {t.requires_grad=}" for k, t in tensors.items()]
@@ -130,7 +134,7 @@ class DDP(nn.Module):
             t.copy_(data)
 
     def group_of(self, t):
-        """The ranks that hold the same: for an expert (moe.py) those that its mark names."""
+        """The ranks that hold the same: of an expert (moe.py) its attribute `replicas`."""
         return getattr(t, "replicas", self.group)
 
     def forward(self, *args, **kwargs):
@@ -148,10 +152,10 @@ class DDP(nn.Module):
             self._accumulating = False
 
     def _on_gradient(self, p):                  # autograd calls this when p.grad is complete
-        if self._accumulating:
-            return
         if p in self._ready:
             raise RuntimeError("second backward before sync(): put all but the last in no_sync()")
+        if self._accumulating:
+            return
         self._ready.add(p)
         # Never skip a bucket: all ranks must send the same ones in the same order, used or not.
         while (self.overlap and len(self._sent) < len(self.buckets)

@@ -12,8 +12,8 @@ Left alone, the router sends more to whom it already sends much (figures/moe.png
 limit:
   aux      E sum_e f_e P_e, f_e the share of choices, P_e the mean score: 1 when balanced, for any K
   bias     added to the scores for the choice only; after a step up for idle experts, down for busy
-  capacity each expert takes at most factor * S K / E of a rank's S tokens, in token order; the
-           others get nothing from it. Bounds what an expert computes, does not balance
+  capacity each expert takes at most factor * S K / E, rounded up, of a rank's S tokens, in order;
+           the others get nothing from it. Bounds what an expert computes, does not balance
 
 Expert parallelism: n ranks with their own tokens hold E / n experts each. Rows travel to their
 experts and back, by all-to-all; other gradients are averaged over ranks, as in data parallelism.
@@ -185,9 +185,9 @@ class MoE(nn.Module):
     in training the router sees x times 1 -+ jitter (Switch); noisy: logits plus noise of a learned
     size, in training (Shazeer, eq. 4).
     group: each of its ranks has as many tokens, and holds e experts, marked p.expert_parallel =
-    group (copy.deepcopy drops the mark), whose gradients are means over the group. data_group: the
-    ranks whose choices count in an "aux" loss, so that the mean of theirs is that of all tokens
-    together (None: group). ValueError: numbers that do not fit, with the fix."""
+    group (such a layer cannot be deep-copied), whose gradients are means over the group.
+    data_group: the ranks whose choices count in an "aux" loss, so that the mean of theirs is that
+    of all tokens together (None: group). ValueError: numbers that do not fit, with the fix."""
 
     def __init__(self, dim, hidden, num_experts, top_k=2, capacity_factor=None, num_shared=0,
                  balance="aux", group=None, *, gate="softmax", renormalize=None, jitter=0.0,
@@ -238,6 +238,12 @@ class MoE(nn.Module):
         if self.noisy:
             self.noise.weight.zero_()
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.bias is not None:               # also after model.bfloat16(): steps are small
+            self.bias = self.bias.to(torch.promote_types(self.bias.dtype, torch.float32))
+        return self
+
     @torch.no_grad()
     def update_bias(self, load, rate=0.001):
         """Once a step. load (E,): its choices, summed over ranks and microbatches (Wang 2024)."""
@@ -246,9 +252,10 @@ class MoE(nn.Module):
 
     def route(self, x):
         """x (..., C) -> weight and expert (..., K), aux. In fp32: small differences decide."""
-        if self.training and self.jitter:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         exact = torch.promote_types(x.dtype, torch.float32)
+        if self.training and self.jitter:
+            x = x.to(exact)
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         with torch.autocast(x.device.type, enabled=False), torch._C.DisableTorchFunction():
             logits = F.linear(x.to(exact), self.router.weight.to(exact))        # no autocast here
             if self.noisy and self.training:
@@ -305,7 +312,7 @@ class MoE(nn.Module):
         order = choices.argsort(stable=True)
         ends = torch.searchsorted(choices[order], everyone, right=True)
         if self.capacity_factor and self.training:
-            capacity = math.ceil(self.capacity_factor * len(choices) / self.num_experts)
+            capacity = math.ceil(self.capacity_factor * len(choices) / self.num_experts - 1e-9)
             starts = F.pad(ends[:-1], (1, 0))
             place = torch.empty_like(order)                 # of each choice, among its expert's
             place[order] = torch.arange(len(order), device=order.device) - starts[choices[order]]

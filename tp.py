@@ -254,7 +254,8 @@ class RowParallelLinear(nn.Linear):
 
 class VocabParallelEmbedding(nn.Embedding):
     """ids (B, T), the same on all ranks -> (B, T, C): the sum of what the ranks find among their
-    V / n rows. sequence_parallel: -> (B, t, C). ValueError, if split: an id outside of V."""
+    V / n rows. sequence_parallel: -> (B, t, C). ValueError, if split, on a GPU a device-side
+    assertion, without waiting: an id outside of V."""
 
     def __init__(self, num_embeddings, embedding_dim, *, group=None, sequence_parallel=False):
         super().__init__(num_embeddings, embedding_dim)
@@ -282,7 +283,8 @@ def own_rows(ids, low, high, v, group):         # -> row among this rank's v, is
 def vocab_parallel_cross_entropy(logits, targets, group=None, ignore_index=-100):
     """logits (..., v), this rank's columns of V; targets (...) -> mean nats, the same on all ranks.
     -log p = log sum_j exp(z_j - m) - (z_target - m), m = max_j z_j: three numbers travel per
-    target, never logits. ValueError, if split, on all ranks: one has a label outside of V."""
+    target, never logits. ValueError, if split, on all ranks: one has a label outside of V (on a GPU
+    a device-side assertion)."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))     # bf16: sums lose
     if tp_size(group) == 1:
         return F.cross_entropy(z.flatten(0, -2), targets.flatten(), ignore_index=ignore_index)
@@ -339,7 +341,11 @@ def part_like(p, full, group):
 
 def sum_replicated_grads(module, group):
     """Once per step, with sequence parallelism: whole parameters (norms, biases of row layers) have
-    seen only a rank's tokens; their gradients are summed over the group."""
+    seen only a rank's tokens; their gradients are summed over the group. ValueError: it spreads
+    experts (moe.py), too, whose gradients are means."""
+    if group is not None and any(
+            getattr(p, "expert_parallel", None) is group for p in module.parameters()):
+        raise ValueError("experts are spread over this group: spread them over another")
     grads = [p.grad for p in module.parameters() if p.grad is not None and not hasattr(p, "shard")]
     if grads and tp_size(group) > 1:
         total = collective("all-reduce", torch.cat([g.flatten() for g in grads]), 0, group)()

@@ -658,7 +658,8 @@ class Trainer:
                 shutil.rmtree(self.out / "model", ignore_errors=True)
                 pairs = isinstance(self.windows, Pairs) and isinstance(self.tokenizer, Bytes)
                 more = {"eos_token_id": self.tokenizer.end} if pairs or self.args.tokenizer else {}
-                more["byte_level"] = isinstance(self.tokenizer, Bytes)      # for folder_config()
+                if isinstance(self.tokenizer, Bytes) and model.config.vocab_size != 256:
+                    more["byte_level"] = True                               # for folder_config()
                 model.save_pretrained(self.out / "model", copy_from=self.args.init, **more)
                 for name in TOKENIZER if self.args.tokenizer else ():
                     if pathlib.Path(self.args.tokenizer, name).is_file():

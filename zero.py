@@ -17,7 +17,9 @@ An all-reduce is a reduce-scatter and an all-gather. ZeRO steps in between, and 
 
 Pure fp32 costs 4 + 4 + 8 bytes: stages 1 and 2 then save at most 2x and 4x, not 4x and 8x.
 
-Cost     the table; stage 3 also holds, whole, the one or two blocks that are computing
+Cost     the table; stage 3 also holds, whole, the one or two blocks that are computing, and what is
+         in no block, such as embedding and head. Under autocast all blocks' cast weights remain
+         for backward: give compute_dtype instead
 Paper    Rajbhandari et al. 2020, ZeRO, sections 5 and 7 (arXiv 1910.02054)
 Run      python zero.py [--nproc N] [--bench]   or   torchrun --nproc-per-node N zero.py [--bench]
 Left out parameter groups, cut frozen parameters, cut activations (ZeRO-R), ranks that run different
@@ -193,13 +195,16 @@ class Zero(nn.Module):
     compute_dtype: of weights, gradients and floating inputs (None: as they are). offload: what the
     optimizer needs lives on the CPU, and is stepped there. A missing gradient counts as 0. Frozen
     parameters stay whole, in compute_dtype. Learning rates: .optimizer.param_groups. Weights:
-    .full_state_dict(). A parameter with an attribute `replicas`, some ranks of the group, is shared
-    by those alone: the others hold other experts (moe.py), and say so of theirs. ValueError, on all
-    ranks: what problem_of() and refuse() find."""
+    .full_state_dict(). Every rank runs a backward, if only of 0 * output. A parameter with an
+    attribute `replicas`, some ranks of the group, is shared by those alone: the others hold other
+    experts (moe.py), and say so of theirs. ValueError, on all ranks: what problem_of() and refuse()
+    find."""
 
     def __init__(self, module, stage, optimizer_cls, group=None, compute_dtype=None, offload=False,
                  **optimizer_kwargs):
         super().__init__()
+        if dist.get_rank(group) < 0:
+            raise ValueError("this rank is in no group that would train it: give it one it is in")
         problem = problem_of(module, stage, optimizer_cls, optimizer_kwargs, compute_dtype)
         refuse(problem, module, stage, group)
         self.module, self.stage, self.group, self.dtype = module, stage, group, compute_dtype
@@ -207,10 +212,10 @@ class Zero(nn.Module):
         for name, p in module.named_parameters(remove_duplicate=False):
             block = next((b for b in blocks if name.startswith(f"{b}.")), "")
             owner[p] = block if owner.get(p, block) == block else ""    # "": in no block, or in two
-        self.names = {t: name for name, t in [*module.named_parameters(), *module.named_buffers()]}
+        self.names = {p: name for name, p in module.named_parameters()}
         self.trained = {p for p in owner if p.requires_grad}
         for p in owner:
-            if p not in self.trained:
+            if p not in self.trained and p.is_floating_point():
                 p.data = p.data.to(compute_dtype or p.dtype)
         for block in [*blocks, ""]:
             alike = {}                          # by the ranks that hold the same, see refuse()
@@ -324,21 +329,33 @@ class Zero(nn.Module):
         for unit in self.units:
             unit.wait()
 
+    @torch.no_grad()
     def zero_grad(self):
+        """All ranks call it: what a backward has sent that leads to no step is awaited here."""
+        self.sync()
         self.factor = None
         for unit in self.units:
             unit.grad = None
         for p in self.trained:
             p.grad = None
 
+    def state_dict(self, *args, **kwargs):
+        raise RuntimeError("a rank holds parts: use full_state_dict() and load_full_state_dict()")
+
+    load_state_dict = state_dict
+
+    def untrained(self):                        # frozen parameters, and the buffers there are now
+        named = [*self.names.items(), *((t, name) for name, t in self.module.named_buffers())]
+        return {f"model.{name}": t for t, name in named if t not in self.trained}
+
     @torch.no_grad()
     def full_state_dict(self):
         """-> {"model.<name>": tensor, "optimizer.<name>.<key>": tensor}: whole, in full precision,
         on the CPU of every rank, whatever the stage and the number of ranks. All ranks call it."""
-        state = {f"model.{name}": t for t, name in self.names.items() if t not in self.trained}
+        state = self.untrained()
         for unit in self.units:
             for key, t in {"": unit.master, **self.optimizer.state[unit.master]}.items():
-                whole = t if t.dim() == 0 or unit.stage == 0 else unit.whole(t)
+                whole = (t if t.dim() == 0 or unit.stage == 0 else unit.whole(t)).cpu()
                 parts = [t] * len(unit.params) if t.dim() == 0 else unit.views(whole)
                 for p, part in zip(unit.params, parts):
                     state[self._entry(p, key)] = part
@@ -351,10 +368,11 @@ class Zero(nn.Module):
     def load_full_state_dict(self, state):
         """Take what full_state_dict() gave, in any stage and on any number of ranks; without
         "optimizer." entries: the weights. ValueError, before anything changes: a name or a shape
-        that is not this model's."""
+        that is not this model's. The optimizer must be of the class that it was."""
         keys = {name.rpartition(".")[2] for name in state if name.startswith("optimizer.")}
         keys = sorted(keys)                     # one order on all ranks
-        wanted = {f"model.{name}": t.shape for t, name in self.names.items()}
+        wanted = {name: t.shape for name, t in self.untrained().items()}
+        wanted |= {self._entry(p, ""): p.shape for p in self.trained}
         wanted |= {self._entry(p, key): p.shape for p in self.trained for key in keys}
         for name in wanted | state:
             here, there = wanted.get(name), state[name].shape if name in state else None
@@ -362,9 +380,8 @@ class Zero(nn.Module):
             if here is None or here != there and not number:
                 raise ValueError(f"{name} has shape {here} in the model, {there} in the state; "
                                  f"build the model that the state is of")
-        for t, name in self.names.items():
-            if t not in self.trained:
-                t.copy_(state[f"model.{name}"])
+        for name, t in self.untrained().items():
+            t.copy_(state[name])
         optimizer = self.optimizer.state_dict()
         for i, unit in enumerate(self.units):
             def mine(key):                      # a copy of this rank's part: nothing of the state
@@ -392,6 +409,8 @@ def problem_of(module, stage, optimizer_cls, optimizer_kwargs, compute_dtype):
     if any(p._post_accumulate_grad_hooks for p in trained) or any(
             isinstance(m, nn.parallel.DistributedDataParallel) for m in module.modules()):
         return "the module is wrapped already: give the one inside"
+    if any(hasattr(p, "expert_parallel") and not hasattr(p, "replicas") for p in trained):
+        return "experts on several ranks (moe.py): set p.replicas, the group that holds the same"
     try:
         kind = type(optimizer_cls([torch.zeros(1, requires_grad=True)], **optimizer_kwargs))
     except (TypeError, ValueError) as error:
