@@ -7796,7 +7796,6 @@ def test_train_gradients_of_experts_are_those_of_one_process(ranks, corpus, tmp_
 
 @pytest.mark.parametrize("mutation", [
     ("self.model.set_loss_scale(self.scale / self.microbatches)", "pass"),
-    ("p.replicas = replicas", "pass"),
     ("data_group=self.dp_group if self.dp > 1 else None)", "data_group=None)")])
 def test_train_the_gradient_check_of_experts_notices(ranks, corpus, tmp_path, mutation):
     with pytest.raises(AssertionError, match="ranks, .*: max error"):
