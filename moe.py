@@ -185,7 +185,8 @@ class MoE(nn.Module):
     in training the router sees x times 1 -+ jitter (Switch); noisy: logits plus noise of a learned
     size, in training (Shazeer, eq. 4).
     group: each of its ranks has as many tokens, and holds e experts, marked p.expert_parallel =
-    group (such a layer cannot be deep-copied), whose gradients are means over the group.
+    group (such a layer cannot be deep-copied), whose gradients are means over the group. For
+    ddp.py and zero.py set p.replicas, too: the ranks that hold the same experts.
     data_group: the ranks whose choices count in an "aux" loss, so that the mean of theirs is that
     of all tokens together (None: group). ValueError: numbers that do not fit, with the fix."""
 
