@@ -183,6 +183,7 @@ class Trainer:
         if args.ep > 1:                             # dp = replicas of an expert x ep
             shape = args.pp, self.dp // args.ep, args.ep, args.tp
             replicas, ep_group = (group_along(dim, shape, args.timeout) for dim in (1, 2))
+        dist.barrier()      # all are connected: a rank that finds a problem may leave from here on
         n = args.pp * args.chunks
         mine = range(pp_rank, n, args.pp)
         layout = dict(tp_group=self.tp_group, sequence_parallel=args.sequence_parallel,
