@@ -24,7 +24,6 @@ SIGTERM it saves and ends; under torchrun --max-restarts, when a process dies, a
 last checkpoint.
 """
 
-import argparse
 import atexit
 import contextlib
 import dataclasses
@@ -54,30 +53,15 @@ import resume
 from amp import DynamicLossScaler, autocast, bf16_is_native, convert_to_float8
 from data import MASK, Windows, examples, standard_library, text_file
 from ddp import DDP
-from metrics import (CHIPS, Meter, Shape, held, memory_now, peak_flops, plan, print_plans, profiled,
-                     report, scores)
-from model import GPT, TOKENIZER, Config, config_of, hf_name
+from metrics import Meter, held, memory_now, peak_flops, profiled, report, scores
+from model import GPT, TOKENIZER, hf_name
 from muon import Muon
-from pp import NAMES, Pipeline, schedule
-from sft import Bytes, Pairs, pairs_file, tokenizer_of
+from options import (EXPERTS, LAYOUT, LOW, default_microbatches, last_settings, model_config, parse,
+                     print_plan, tokenizer_for)
+from pp import Pipeline, schedule
+from sft import Bytes, Pairs, pairs_file
 from tp import cuts, grad_norm, part_like, sum_replicated_grads, tp_size, unshard
 from zero import Zero, held as held_by_zero
-
-EXPERTS = "experts", "top_k", "shared_experts", "expert_hidden", "moe_every", "balance"
-SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "dropout", "seed",
-         *EXPERTS)
-LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "pp", "schedule", "chunks", "ep", "device",
-          "out", "resume", "timeout", "plan", "profile_every")          # not resumed
-ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-PRESETS = {     # defaults of flags; the vocabulary: GPT-2's 50257 tokens, to a multiple of 128
-    "shakespeare": dict(layers=6, dim=384, heads=6, kv_heads=6, seq_len=256, batch_size=64,
-                        dropout=0.2, lr=0.02, dtype="bf16", steps=400, eval_every=50),
-    "gpt2": dict(layers=12, dim=768, heads=12, kv_heads=12, seq_len=1024, vocab_size=50304,
-                 batch_size=512, microbatches=16, loss_chunk=8192, compile=True, dtype="bf16"),
-    "gpt2-medium": dict(layers=24, dim=1024, heads=16, kv_heads=16, seq_len=1024, vocab_size=50304,
-                        batch_size=512, microbatches=32, loss_chunk=8192, compile=True,
-                        dtype="bf16")}
-LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def group_along(dim, shape, timeout):
@@ -92,8 +76,13 @@ def say(text):
         print(text, flush=True)
 
 
+def adamw_settings(args):
+    return dict(betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+
+
 def build_optimizers(model, args):
     """-> [(optimizer, its peak learning rate), ...], and the line that says which trains what."""
+    settings = adamw_settings(args)
     lr = {"muon": 0.04, "adamw": 0.01 if args.peft else 0.002}[args.optimizer]
     lr = lr if args.lr is None else args.lr
     if args.optimizer == "adamw":
@@ -101,22 +90,15 @@ def build_optimizers(model, args):
         trained = [p for p in model.parameters() if p.requires_grad]
         what = f"the {args.peft}, {sum(p.numel() for p in trained):,} numbers" if args.peft else (
             f"all tensors{why}")
-        return [(torch.optim.AdamW(trained, lr, **ADAMW), lr)], f"AdamW (lr {lr:g}) for {what}"
+        return [(torch.optim.AdamW(trained, lr, **settings), lr)], f"AdamW (lr {lr:g}) for {what}"
     matrices = [p for p in model.blocks.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if not any(p is q for q in matrices)]
-    adamw = torch.optim.AdamW(others, lr / 5, **ADAMW)
+    muon = Muon(matrices, lr, ns_steps=4, weight_decay=args.weight_decay, stacks=True)
+    adamw = torch.optim.AdamW(others, lr / 5, **settings)
     where = "the blocks, whole on every rank" if args.pp == 1 else "the blocks on rank 0"
-    return [(Muon(matrices, lr, ns_steps=4, stacks=True), lr), (adamw, lr / 5)], (
+    return [(muon, lr), (adamw, lr / 5)], (
         f"Muon (lr {lr:g}) for the {len(matrices)} matrices of {where}; "
         f"AdamW (lr {lr / 5:g}) for the other {len(others)} tensors")
-
-
-def default_microbatches(args, dp):
-    """1; in a pipeline the most that divide a rank's rows, up to 4 a process of it; for interleaved
-    a multiple of --pp."""
-    rows, step = args.batch_size // dp, args.pp if args.schedule == "interleaved" else 1
-    fits = [m for m in range(step, 4 * args.pp + 1, step) if rows % m == 0]
-    return fits[-1] if args.pp > 1 and fits else 1
 
 
 class Trainer:
@@ -148,19 +130,7 @@ class Trainer:
                 raise ValueError(f"{given} lies in --out {args.out}, which is moved aside: name "
                                  f"another --out")
         data = on_all_ranks(self.read_data)
-        causal = args.objective == "causal"
-        if args.init:
-            more = 16 if args.peft in ("prompt", "p_tuning") else 0         # peft.py's length
-            room = folder_config(args.init, None, self.tokenizer.size).seq_len - more
-            if args.seq_len > room:
-                raise ValueError(f"--seq-len {args.seq_len}: this model reads at most {room} tokens"
-                                 + (f" beside the {more} of --peft {args.peft}" if more else ""))
-            config = folder_config(args.init, args.seq_len + more, self.tokenizer.size)
-            config = dataclasses.replace(config, seed=args.seed)
-            take_shape(args, config)
-        else:
-            config = Config(vocab_size=vocabulary(args, self.tokenizer.size), causal=causal,
-                            **{name: getattr(args, name) for name in SHAPE})
+        config = model_config(args, self.tokenizer.size)
         if self.dp % args.ep or args.ep > 1 and not args.experts:
             raise ValueError(f"--ep {args.ep}: experts are spread over ranks with other data: use "
                              f"a divisor of {self.dp}, --nproc / (tp pp), and --experts")
@@ -238,7 +208,7 @@ class Trainer:
         if args.zero:
             state, [(_, peak)] = self.tensors(), self.optimizers
             self.zero = Zero(self.model, args.zero, torch.optim.AdamW, self.dp_group, low,
-                             lr=peak, **ADAMW)
+                             lr=peak, **adamw_settings(args))
             self.zero.load_full_state_dict(self.parts(state))
             self.optimizers = [(self.zero.optimizer, peak)]
         self.parallel = self.zero or DDP(self.model, self.dp_group)
@@ -690,55 +660,6 @@ class Trainer:
         say(f"{' a sample of what it writes ':-^80}\n{text.strip()}\n{'':-^80}")
 
 
-def tokenizer_for(args):
-    folder = args.init or args.tokenizer
-    tokenizer = tokenizer_of(folder) if folder else Bytes()
-    if args.tokenizer and isinstance(tokenizer, Bytes):
-        raise ValueError(f"--tokenizer {args.tokenizer}: no tokenizer.json there")
-    return tokenizer
-
-
-def vocabulary(args, tokens):
-    """Rows of embedding and head: more than there are tokens, where that makes them multiples of
-    128, which matmuls on a GPU like; a masked model also needs MASK."""
-    if args.objective == "mlm":
-        return 264                                  # bytes, MASK, padding for fp8
-    size = args.vocab_size or -(-tokens // 128) * 128
-    if size < tokens:
-        raise ValueError(f"--vocab-size {size}: the tokenizer has {tokens} tokens")
-    return size
-
-
-def folder_config(folder, seq_len, tokens):
-    """ValueError: no model there, or one of other tokens."""
-    path = pathlib.Path(folder, "config.json")
-    if not path.is_file():
-        raise ValueError(f"--init {folder}: no config.json there: give a folder such as out/model")
-    try:
-        theirs = json.loads(path.read_text())
-        config = config_of(theirs, seq_len)
-    except (json.JSONDecodeError, TypeError, AttributeError) as problem:
-        raise ValueError(f"--init {folder}: config.json: {problem}") from problem
-    own = pathlib.Path(folder, "tokenizer.json").is_file()
-    of_bytes = config.vocab_size == 256 or theirs.get("byte_level")
-    if config.vocab_size < tokens or not own and not of_bytes:
-        raise ValueError(f"--init {folder}: the model has {config.vocab_size} tokens, "
-                         + (f"tokenizer.json {tokens}" if own else "and no tokenizer.json is there "
-                            "to make them: without one it must be 256, bytes"))
-    return config
-
-
-def take_shape(args, config):
-    """Of the model of --init. ValueError: a flag that says otherwise."""
-    for name in SHAPE:
-        if name not in ("seq_len", "seed"):
-            has, typed = getattr(config, name), getattr(args, name)
-            if typed not in (None, has):
-                raise ValueError(f"--{name.replace('_', '-')} {typed}: the model of --init has "
-                                 f"{has}; leave it out")
-            setattr(args, name, has)
-
-
 def folder_crc32(folder):
     crc32 = 0
     for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
@@ -797,226 +718,6 @@ def fail(message):
     if not dist.is_torchelastic_launched() or os.environ["LOCAL_RANK"] == "0":    # once a machine
         print(f"error: {message}", file=sys.stderr, flush=True)
     leave(2)
-
-
-def compiler():
-    """Where the one is that torch.compile uses on a CPU, or None."""
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
-
-
-def recompute(text):
-    if text in ("none", "full", "selective"):
-        return text
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: use none, full, selective, or a share from 0 to 1")
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = fail
-    add = parser.add_argument
-    add("--data", help="text file, or *.jsonl of pairs, {\"prompt\": ..., \"completion\": ...}; "
-        "default: the Python standard library's source")
-    add("--objective", choices=("causal", "mlm"), default="causal", help="next or hidden bytes")
-    add("--preset", choices=tuple(PRESETS), help="other defaults: shakespeare, a small model with "
-        "dropout for a small text; gpt2, gpt2-medium: the sizes of these, for one large GPU")
-    add("--tokenizer", help="folder with a tokenizer.json; default: that of --init, else bytes")
-    add("--vocab-size", type=int, help="rows of embedding and head; default: the tokenizer's size, "
-        "to a multiple of 128; bytes: 256")
-    add("--init", help="start from the model of this folder, instead of at random; it gives the "
-        "shape, too")
-    methods = [name for name in peft.METHODS if name != "bitfit"]  # none of these has biases
-    add("--peft", choices=methods, help="with --init: train only this beside it")
-    add("--merge", action="store_true", help="with --peft: at the end, write a whole model/, too")
-    add("--layers", type=int, default=3)
-    add("--dim", type=int, default=128, help="width C of the model")
-    add("--heads", type=int, default=4)
-    add("--kv-heads", type=int, default=2, help="key/value heads, a divisor of --heads")
-    add("--hidden", type=int, help="width inside the MLP; default: 4 C, for swiglu 8/3 C")
-    add("--seq-len", type=int, default=256, help="bytes, or tokens of --init, in a sequence")
-    add("--mlp", choices=("swiglu", "gelu", "relu", "relu2"), default="swiglu")
-    add("--experts", type=int, default=0, help="in place of every MLP so many; 0: the MLP")
-    add("--top-k", type=int, default=2, help="experts that work for a token")
-    add("--shared-experts", type=int, default=0, help="further ones, that work for all tokens")
-    add("--expert-hidden", type=int, help="width inside an expert; default: those that work for a "
-        "token are together as wide as the MLP")
-    add("--moe-every", type=int, default=1, help="2: experts in every other block, ...")
-    add("--balance", choices=("bias", "aux", "none"), default="bias", help="against a collapse on "
-        "few experts: a bias on their scores, a loss, or nothing")
-    add("--dropout", type=float, default=0.0)
-    add("--steps", type=int, default=1000)
-    add("--batch-size", type=int, default=4, help="sequences in a step, over all ranks")
-    add("--microbatches", type=int, help="parts in which a rank takes its share; default: 1, "
-        "with --pp as many as divide it, at most 4 a process of --pp")
-    add("--optimizer", choices=("muon", "adamw"), help="default: muon; with --zero, "
-        "--tp and --peft adamw")
-    add("--lr", type=float, help="peak learning rate; default: 0.04 for muon, 0.002 for adamw, "
-        "0.01 with --peft")
-    add("--warmup", type=int, default=0, help="steps until the peak")
-    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
-    add("--seed", type=int, default=0)
-    here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--device", choices=here, help="default: cuda, if every process has a GPU, else cpu")
-    add("--dtype", choices=tuple(LOW), default="fp32", help="of matrix products; fp16 and fp8 are "
-        "emulated on a CPU, bf16 only used if it has the instruction")
-    add("--recompute", type=recompute, default="none", help="what backward computes again, to save "
-        "memory: none, full, selective (not matmuls and attention), or the share kept, 0 to 1")
-    add("--loss-chunk", type=int, default=0, help="tokens whose logits exist at once, to save "
-        "memory with a large vocabulary; 0: all")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile for "
-        "each block and the loss: faster steps, after a minute of compiling")
-    add("--nproc", type=int, default=1, help="processes to start on this machine")
-    add("--tp", type=int, default=1, help="processes that split every layer")
-    add("--sequence-parallel", action="store_true", help="with --tp: norms, residual stream, too")
-    add("--pp", type=int, default=1, help="processes with different layers, a pipeline")
-    add("--schedule", choices=NAMES, default="1f1b", help="order of the microbatches in --pp")
-    add("--chunks", type=int, help="groups of layers on a process of --pp; default: 2 for "
-        "interleaved, else 1")
-    add("--ep", type=int, default=1, help="processes with different data that share --experts")
-    add("--zero", type=int, choices=range(4), default=0, help="ZeRO stage; 0: each holds all")
-    add("--out", default="out", help="folder of the run")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--save-every", type=int, default=250, help="steps between checkpoints")
-    add("--keep", type=int, default=2, help="checkpoints that remain, beside the best")
-    add("--timeout", type=int, default=600, help="seconds that a process waits for another")
-    add("--eval-every", type=int, default=250, help="steps between validations")
-    add("--log-every", type=int, default=50, help="steps between log lines")
-    add("--profile-every", "--profile", type=int, nargs="?", const=500, default=500, help="steps "
-        "between profiled ones, from the tenth on: trace.json, and where time and memory went; 0: "
-        "none")
-    add("--plan", choices=tuple(CHIPS), help="do not train: print memory, traffic and time of this "
-        "run, if each process had such a GPU")
-    args = parser.parse_args(argv)
-    preset, rate = args.preset, args.lr
-    if preset:
-        if args.init:
-            raise ValueError("--preset goes without --init, which gives the shape")
-        if args.objective != "causal" and "vocab_size" in PRESETS[preset]:
-            raise ValueError(f"--preset {preset}, a vocabulary of tokens, goes with --objective "
-                             f"causal")
-        parser.set_defaults(**PRESETS[preset])
-        args = parser.parse_args(argv)
-    if args.init:                                       # None: not typed, see Trainer
-        own = {"seq_len", "dropout", "seed"}
-        parser.set_defaults(**{name: None for name in SHAPE if name not in own})
-        args = parser.parse_args(argv)
-    if args.resume:                                     # the run's own settings are the defaults
-        if not resume.saved(args.out):
-            raise ValueError(f"--resume: no checkpoint in {args.out}; start without --resume")
-        settings = last_settings(args.out)
-        if preset and preset != settings.get("preset"):
-            raise ValueError(f"--resume goes without --preset: the run in {args.out} has its own")
-        parser.set_defaults(**settings)
-        args = parser.parse_args(argv)
-    if args.chunks is None:
-        args.chunks = 2 if args.schedule == "interleaved" else 1
-    for name in ("steps", "batch_size", "microbatches", "nproc", "tp", "pp", "ep", "chunks", "keep",
-                 "save_every", "eval_every", "log_every", "timeout"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))
-    enough = processes <= torch.cuda.device_count()
-    args.device = args.device or ("cuda" if enough else "cpu")
-    if args.device == "cuda" and not enough and not args.plan:
-        raise ValueError(f"--device cuda: {processes} processes for {torch.cuda.device_count()} "
-                         f"GPUs: use --nproc {torch.cuda.device_count()}, or --device cpu")
-    args.optimizer = args.optimizer or (
-        "adamw" if args.zero or args.tp > 1 or args.peft else "muon")
-    if preset and args.optimizer != "muon" and not args.resume:
-        args.lr = rate                                  # a preset's is Muon's
-    for name in ("clip", "warmup", "profile_every", "shared_experts"):
-        if (getattr(args, name) or 0) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 0 or more")
-    useless = [name for name in EXPERTS[1:] if getattr(args, name) != parser.get_default(name)]
-    if useless and not args.experts and not args.init:
-        raise ValueError(f"--{useless[0].replace('_', '-')} goes with --experts")
-    if args.peft and (args.optimizer == "muon" or args.dtype == "fp8"):
-        raise ValueError("--peft goes with --optimizer adamw, and without --dtype fp8")
-    if not args.init and (args.peft or args.merge) or args.merge and not args.peft:
-        raise ValueError("--peft needs --init FOLDER, and --merge needs --peft")
-    if args.merge and args.peft not in ("lora", "dora", "ia3"):
-        raise ValueError(f"--merge: {args.peft} is no change of weights; lora, dora and ia3 are")
-    if args.peft in ("prompt", "p_tuning") and args.pp > 1:
-        raise ValueError(f"--peft {args.peft} goes without --pp: the prompt enters and leaves the "
-                         f"whole model")
-    if args.data and args.data.endswith(".jsonl") and args.objective != "causal":
-        raise ValueError("--data *.jsonl, pairs, goes with --objective causal")
-    if args.init and (args.objective != "causal" or args.dropout):
-        raise ValueError("--init goes with --objective causal, and without --dropout")
-    if args.optimizer == "muon" and (args.zero or args.tp > 1):
-        raise ValueError("--zero and --tp cut the matrices that Muon needs whole: drop them, or "
-                         "train with --optimizer adamw")
-    if args.tp > 1 and args.zero or args.sequence_parallel and args.tp == 1:
-        raise ValueError("--tp goes without --zero, which is not written for parts of matrices, "
-                         "and --sequence-parallel with --tp only")
-    if args.pp == 1 and (args.schedule != "1f1b" or args.chunks > 1):
-        raise ValueError("--schedule and --chunks go with --pp only")
-    if args.dtype == "fp8" and args.schedule == "zb-h1":
-        raise ValueError("--dtype fp8 goes without --schedule zb-h1: only F.linear splits its "
-                         "backward; use 1f1b")
-    if args.loss_chunk < 0 or args.loss_chunk and (args.tp > 1 or args.pp > 1):
-        raise ValueError(f"--loss-chunk {args.loss_chunk}: tokens, at least 0; not with --tp or "
-                         f"--pp, where a rank has fewer logits anyway: add --loss-chunk 0")
-    if args.compile and (args.recompute == "selective" or args.schedule == "zb-h1"):
-        raise ValueError("--compile goes without --recompute selective and --schedule zb-h1: they "
-                         "act on single operators, which a compiled block hides")
-    if args.compile and not args.plan and args.device == "cpu" and not compiler():
-        raise ValueError("--compile needs a C++ compiler on a CPU: install g++, or set CXX")
-    if args.tokenizer and (args.init or args.objective != "causal"):
-        raise ValueError("--tokenizer goes without --init, which has its own, and with --objective "
-                         "causal")
-    if args.vocab_size is not None and (
-            args.vocab_size < 1 or args.init or args.objective != "causal"):
-        raise ValueError(f"--vocab-size {args.vocab_size}: at least 1, without --init, and with "
-                         f"--objective causal")
-    if args.pp > 1 and args.zero > 1:
-        raise ValueError("--pp goes with --zero 0 or 1: 2 and 3 send in every microbatch")
-    return args
-
-
-def print_plan(args):
-    """What metrics.py's planner expects of this run. ValueError: it does not know such models."""
-    if args.init:
-        config = folder_config(args.init, args.seq_len, 0)
-        take_shape(args, config)
-    else:
-        config = Config(vocab_size=vocabulary(args, tokenizer_for(args).size),
-                        **{name: getattr(args, name) for name in SHAPE})
-    if args.peft or config.shared_experts or config.moe_every > 1:
-        raise ValueError("--plan goes without --peft, --shared-experts and --moe-every")
-    if args.dtype not in ("bf16", "fp16") or args.recompute not in ("none", "full"):
-        raise ValueError("--plan knows --dtype bf16 and fp16, --recompute none and full, not "
-                         f"{args.dtype}, {args.recompute}")
-    shape = Shape(config.layers, config.dim, config.heads, config.kv_heads,
-                  config.expert_hidden if config.experts else config.hidden, config.vocab_size,
-                  config.seq_len, config.mlp == "swiglu", config.experts, config.top_k,
-                  config.head_dim, config.qk_norm)
-    dp = args.nproc // (args.tp * args.pp)
-    if dp * args.tp * args.pp != args.nproc:
-        raise ValueError(f"--nproc {args.nproc} is no multiple of --tp {args.tp} x --pp {args.pp}")
-    low = args.zero and LOW[args.dtype]         # the others keep weights and gradients in fp32
-    rows = args.batch_size // (dp * (args.microbatches or default_microbatches(args, dp)))
-    layout = dict(dp=dp, tp=args.tp, pp=args.pp, ep=args.ep, zero=args.zero, chunks=args.chunks,
-                  microbatch=max(1, rows), recompute=args.recompute == "full",
-                  sequence_parallel=args.sequence_parallel)
-    needs = plan(shape, args.plan, args.batch_size, kinds=(2, 2, 12) if low else (4, 4, 8),
-                 loss_chunk=args.loss_chunk, **layout)
-    print(f"{shape.parameters():,} parameters in matrices, {args.nproc} x {args.plan}, a step of "
-          f"{args.batch_size} x {args.seq_len} tokens, computing at {CHIPS[args.plan][5]:.0%} of "
-          f"the peak of bf16")
-    print_plans([(layout, needs)])
-    if needs["memory"] > 0.9 * CHIPS[args.plan][1]:
-        print(f"does not fit: above 90 % of {CHIPS[args.plan][1] / 1e9:.0f} GB")
-
-
-def last_settings(out):
-    """Of the newest checkpoint that has readable ones."""
-    for folder in reversed(resume.saved(out)):
-        with contextlib.suppress(resume.Damaged):
-            return resume.settings_of(folder)
-    raise ValueError(f"--resume: no checkpoint in {out} has a readable manifest.json")
 
 
 def job():
