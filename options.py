@@ -1,8 +1,9 @@
 """The options of train.py: their defaults and presets, and which of them go together.
 
-    flags  ->  parse(argv)  ->  args, or ValueError: the flag, why it does not go, what does
-               model_config(args, tokens)  ->  the Config of the model, or of --init's
-    typed by the user  before  the run's own, of --resume  before  those of --preset  before  all's
+    argv  ->  parse  ->  args, or a ValueError that names the flag, the reason and what to do
+
+A flag has the value that is typed; else, with --resume, that of the run; else that of --preset;
+else its default. --init gives the shape of the model.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def recompute(text):
     raise argparse.ArgumentTypeError(f"{text}: use none, full, selective, or a share from 0 to 1")
 
 
-def add_flags(add):
+def add_flags(add):                                     # add: a parser's add_argument
     add("--data", help="text file, or *.jsonl of pairs, {\"prompt\": ..., \"completion\": ...}; "
         "default: the Python standard library's source")
     add("--objective", choices=("causal", "mlm"), default="causal", help="next or hidden bytes")
@@ -149,7 +150,7 @@ def parse(argv):
                              f"causal")
         parser.set_defaults(**PRESETS[preset])
         args = parser.parse_args(argv)
-    if args.init:                                       # None: not typed, see Trainer
+    if args.init:                                       # None: not typed, see take_shape
         own = {"seq_len", "dropout", "seed"}
         parser.set_defaults(**{name: None for name in SHAPE if name not in own})
         args = parser.parse_args(argv)
