@@ -72,8 +72,8 @@ def merge(a, b):
 def block_of(x, start, block, N):                           # (B, H or N, T, D) -> (B, N, rows, D)
     """`block` positions in float32 (float64 stays). Query heads of a group become rows of their
     key head: k and v are not repeated, and the products for dk and dv sum over the group."""
-    x = x[:, :, start:start + block]
-    return x.reshape(len(x), N, -1, x.shape[3]).to(torch.promote_types(x.dtype, torch.float32))
+    x = x[:, :, start:start + block].unflatten(1, (N, -1)).flatten(2, 3)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def score_tile(q_i, k_j, diagonal, group, scale):           # -> (B, N, R, keys)
@@ -138,8 +138,7 @@ def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
     Causal is aligned bottom-right: the last query sees every key, as decoding with a KV cache
     needs. A query without keys gives 0. backend: "triton"; "torch", the tiles above, of `block`
     positions; "sdpa"; None: triton for half precision on a GPU that it can use, else sdpa.
-    ValueError: shapes or dtypes that do not fit, unknown or impossible backend, block < 1."""
-    device = q.device.type
+    ValueError: shapes or dtypes do not fit; unknown or impossible backend; block or scale <= 0."""
     # To the type that a product has here: under autocast a lower one. SDPA does the same.
     q, k, v = (x.to((x.new_empty(0, 1) @ x.new_empty(1, 0)).dtype) for x in (q, k, v))
     if not (q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
@@ -147,10 +146,11 @@ def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
         got = ", ".join(f"{n} {tuple(x.shape)} {x.dtype}" for n, x in zip("qkv", (q, k, v)))
         raise ValueError(f"{got} do not fit: pass q as (B, H, Tq, D), k and v as (B, N, Tk, D), "
                          "with H a multiple of N, all of one dtype")
-    if backend not in (None, "triton", "sdpa", "torch") or block < 1:
-        raise ValueError(f'{backend=}, {block=}: pass triton, sdpa, torch or None; a block >= 1')
     (H, Tq, D), (N, Tk) = q.shape[1:], k.shape[1:3]
     scale = D ** -0.5 if scale is None else scale
+    if backend not in (None, "triton", "sdpa", "torch") or block < 1 or not 0 < scale < math.inf:
+        raise ValueError(f'{backend=}, {block=}, {scale=}: pass triton, sdpa, torch or None; a '
+                         'block >= 1; a scale > 0')
     if backend == "triton" and flash_triton is None:
         raise ValueError('backend="triton" needs flash_triton.py beside this file, and Triton')
     half = backend is None and q.is_cuda and q.element_size() == 2 and flash_triton is not None
@@ -159,7 +159,7 @@ def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
     if backend == "torch":
         shift = Tk - Tq if causal else Tk                   # Tk: every query sees every key
         # Autocast, torch's or one made of a torch function mode, would make the products bf16.
-        with torch.autocast(device, enabled=False), torch._C.DisableTorchFunction():
+        with torch.autocast(q.device.type, enabled=False), torch._C.DisableTorchFunction():
             return TiledAttention.apply(q, k, v, shift, scale, block)
     # SDPA aligns is_causal top-left, so it is right for Tq == Tk only.
     blind = max(0, Tq - Tk) if causal else 0                # queries without keys: cut, then padded

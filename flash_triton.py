@@ -86,8 +86,7 @@ def backward_kernel(x, u, o, dx, du, y, w, lse, delta, shift, scale, heads, grou
     keys     x, u = k, v     y, w = q, do    ds = p * (u w^T - delta)    dx = ds y, du = p w
 
     The keys see p and ds transposed. The queries walk first and leave delta. The products start
-    from -lse and -delta, not from 0: as accumulators these take no registers of their own.
-    """
+    from -lse and -delta, not from 0: as accumulators these take no registers of their own."""
     blocks = tl.cdiv(Tx, rows)
     i = tl.program_id(0) % blocks * rows
     i = i if keys else (blocks - 1) * rows - i              # causal: a head's longest walk first
@@ -280,12 +279,13 @@ def numbers(device="cpu", dtype=torch.float32, limit=1e-5):
 
 
 def demo():
+    if not isinstance(forward_kernel, triton.JITFunction):
+        return numbers()                    # TRITON_INTERPRET=1 is set: nothing to compile
     if torch.cuda.is_available() and torch.cuda.get_device_properties(0).major in (9, 10):
         numbers("cuda", torch.bfloat16, limit=1e-2)
     else:                                   # a process of its own: triton.jit reads the variable
-        subprocess.run([sys.executable, "-c", "import flash_triton; flash_triton.numbers()"],
-                       env={**os.environ, "TRITON_INTERPRET": "1"}, check=True,
-                       cwd=pathlib.Path(__file__).parent)
+        subprocess.run([sys.executable, __file__], check=True,
+                       env={**os.environ, "TRITON_INTERPRET": "1"})
     for D in TILES:
         for name, kernel, walk, side in (("forward", forward_kernel, 0, {}),
                                          ("dq", backward_kernel, 1, {"keys": False}),

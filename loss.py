@@ -85,7 +85,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, g):
         dx, dw, count = ctx.saved_tensors
         g = g / count.clamp(min=1)              # no target: zeros, as F.cross_entropy
-        dx, dw = (d if d is None else (d * g).to(dtype)
+        dx, dw = (d if d is None else (d.to(g.dtype) * g).to(dtype)     # a GPU rounds g to d's
                   for d, dtype in zip((dx, dw), ctx.dtypes))
         return dx, dw, None, None, None, None
 

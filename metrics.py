@@ -204,7 +204,8 @@ def collectives(trace, ranks=None):
             types = [text.removeprefix("c10::").lower() for text in facts.get("Input type", [])]
             size = sum(math.prod(shape) * SIZES.get(text, 1)
                        for shape, text in zip(facts.get("Input Dims", []), types))
-            size *= (n or 1) if kind == "all_gather" else 1
+            if kind == "all_gather":                        # the trace has what one rank gives
+                size = size * n if n else None
         else:
             continue
         kind = kind.strip("_").removesuffix("_base").replace("allreduce", "all_reduce")
@@ -217,8 +218,8 @@ def collectives(trace, ranks=None):
 
 def traffic(trace, ranks=None):
     """Of each kind of collective: calls, bytes, seconds in which one of them was under way (waiting
-    for the slowest rank is in it), and bus bandwidth, bytes/s; None where the group is not known.
-    """
+    for the slowest rank is in it), and bus bandwidth, bytes/s; None where the group is not known
+    (bytes: of gloo's all-gather)."""
     kinds = {}
     for kind, size, n, span in collectives(trace, ranks):
         kinds.setdefault(kind, []).append((size, n, span))
@@ -229,7 +230,8 @@ def traffic(trace, ranks=None):
         if seconds and all(n for _, n, _ in calls):
             crossing = sum(size * (BUS[kind] * (n - 1) / n if kind in BUS else 1)
                            for size, n, _ in calls) / seconds
-        result[kind] = {"calls": len(calls), "bytes": sum(size for size, *_ in calls),
+        sizes = [size for size, *_ in calls]
+        result[kind] = {"calls": len(calls), "bytes": None if None in sizes else sum(sizes),
                         "seconds": seconds, "bus_bytes_per_s": crossing}
     return result
 
@@ -250,6 +252,8 @@ def time_split(trace):
     if not busy:
         busy = without(spans(lambda kind, name: kind == "cpu_op" and name.startswith("aten::")
                              or name.startswith("## Call CompiledFxGraph")), data)
+    if not events:
+        raise ValueError("the trace has no event with a duration")
     if not step:                                            # somebody else's trace: all of it
         step = [(min(e["ts"] for e in events), max(e["ts"] + e["dur"] for e in events))]
     outside = without([(-math.inf, math.inf)], step)
@@ -368,15 +372,16 @@ class Shape:
         return self.layers * block + head
 
     def activations(self, tp=1, sequence_parallel=True):
-        """Numbers that a block keeps for backward, of a token, on a rank; scores by tiles (flash):
-        inputs of norms and matrices, twice; q, k, v, o; q and k twice more with norms of their
-        own; four of the MLP (gate, up, their parts); with experts top_k times those, and their
-        inputs and outputs."""
+        """Numbers that a block keeps for backward, of a token, on a rank; scores by tiles (flash)
+        -> of products: q, k, v, o; q and k once more with norms of their own; four of the MLP
+        (gate, up, their parts); with experts top_k times those, and their inputs and outputs;
+        of norms, fp32 under autocast: the residual stream, inputs of norms and of matrices, twice;
+        q and k."""
         wide, (q, kv) = self.dim, self.widths()
-        mlp = (4 if self.gated else 2) * self.hidden
-        split = (4 if self.qk_norm else 2) * (q + kv)
-        split += self.top_k * (mlp + 2 * wide) if self.experts else mlp
-        return split / tp + 6 * wide / (tp if sequence_parallel else 1)
+        mlp, normed = (4 if self.gated else 2) * self.hidden, q + kv if self.qk_norm else 0
+        split = 2 * (q + kv) + normed + mlp * (self.top_k if self.experts else 1)
+        whole = 2 * wide * self.top_k if self.experts else 0        # each rank sends all tokens
+        return (split / tp + whole, normed / tp + 6 * wide / (tp if sequence_parallel else 1))
 
 
 @functools.cache
@@ -395,7 +400,7 @@ def cut(layers, head, n):
 
 
 def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, recompute=False,
-         ep=1, kinds=(2, 2, 12), loss_chunk=0, sequence_parallel=True):
+         ep=1, kinds=(2, 2, 12), loss_chunk=0, sequence_parallel=True, product=None):
     """What a step of `batch` sequences on dp x tp x pp GPUs needs -> dict: bytes of weights,
     gradients, optimizer, activations, their sum memory, of the fullest rank; send (bytes that a
     rank sends by tp, by dp, by ep, by pp, the most of any); bubble (idle / busy, of the slowest
@@ -408,8 +413,10 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
     parallelism are hidden by the last microbatch's backward (ZeRO-2: all backwards, as it sums
     after each; ZeRO-3: everything). Then the optimizer reads and writes its state. Experts' load is
     even and their products as fast as others: measured models with experts reach less. loss_chunk:
-    see loss.py. ValueError: what cannot be cut so."""
+    see loss.py. product: bytes of a number that products of matrices give: 2 under autocast, None:
+    as of a weight. ValueError: what cannot be cut so."""
     peak, _, speed, near, far, efficiency = CHIPS[chip]
+    product = product or kinds[0]
     if min(batch, dp, tp, pp, microbatch, chunks, ep) < 1 or not 0 <= zero <= 3:
         raise ValueError("batch and layout must be 1 or more, zero 0 to 3")
     m, pieces = batch // (dp * microbatch), pp * chunks
@@ -427,7 +434,8 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
     replicas = dp, dp // ep                                 # of these two
     block_flops, head_flops = shape.flops_of()
     again = 4 / 3 if recompute else 1
-    tokens, crossing = batch / dp * T, kinds[0] * batch / dp * T * C    # a rank's; bytes of x
+    tokens = batch / dp * T                                 # a rank's
+    x, summed = kinds[0] * tokens * C, product * tokens * C     # bytes of x, of what is added to it
     counts = cut(shape.layers, head_flops / block_flops, pieces)
     ranks = []
     for rank in range(pp):
@@ -441,29 +449,31 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
             weights += kinds[0] * sum(block)
 
         alive = (pp * chunks + pp - 1 - 2 * rank) / chunks if chunks > 1 else pp - rank
-        whole = shape.activations(tp, sequence_parallel)
-        kept = C / (tp if sequence_parallel else 1) if recompute else whole
+        of_products, of_norms = shape.activations(tp, sequence_parallel)
+        whole = product * of_products + kinds[0] * of_norms
+        kept = kinds[0] * C / (tp if sequence_parallel else 1) if recompute else whole
         flow, logits = microbatch * T, 0
         if last and loss_chunk:                 # three times in fp32; gradients of the head, twice
             logits = 12 * min(flow, loss_chunk) * shape.vocab + 8 * shape.vocab * C
         elif last:                              # logits, their softmax, its gradient, in fp32
             logits = 12 * flow * shape.vocab / tp
-        activations = kinds[0] * flow * layers * kept * min(alive, m) + max(
-            logits, kinds[0] * flow * whole if recompute else 0)        # not both at once
+        activations = flow * layers * kept * min(alive, m) + max(
+            logits, flow * whole if recompute else 0)                   # not both at once
 
         work = tokens * (layers * block_flops * again + last * head_flops) / tp
-        passes = (6 if recompute else 4) * layers + first + last    # forward, backward, again
-        by_tp = passes * 2 * (tp - 1) / tp * crossing               # an all-reduce each
+        passes = (6 if recompute else 4) * layers + last            # forward, backward, again
+        by_tp = 2 * (tp - 1) / tp * (passes * summed + first * x)   # an all-reduce each
         there_and_back = 6 if recompute else 4  # to the experts and from them, forward and backward
-        by_ep = there_and_back * (ep - 1) / ep * crossing / tp * layers * shape.top_k
+        by_ep = there_and_back * (ep - 1) / ep * summed * layers * shape.top_k
         messages = chunks * 2 - first - last if pp > 1 else 0       # forward, backward
-        by_pp = messages * crossing / (tp if sequence_parallel else 1)
+        by_pp = messages * x / (tp if sequence_parallel else 1)
         to_sum, to_gather = {0: (2, 0), 1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[zero]
         by_dp = (to_sum * kinds[1] + to_gather * kinds[0]) * sum(
             (n - 1) / n * part for part, n in zip(mine, replicas))
         computing = work / (peak * efficiency)
-        busy = (computing + by_tp / (near if tp <= 8 else far) + by_pp / far
-                + by_ep / (near if tp * ep <= 8 else far))
+        busy = (computing + by_tp / (near if tp <= 8 else far)
+                + by_ep / (near if tp * ep <= 8 else far)
+                + by_pp / (near if dp * tp * pp <= 8 else far))
         hidden = computing * {2: 2 / 3, 3: 1}.get(zero, 2 / 3 / m)
         exposed = max(0, by_dp / (near if dp * tp <= 8 else far) - hidden)
         update = sum(part / (n if zero else 1) for part, n in zip(mine, replicas)) / speed * (
@@ -906,13 +916,15 @@ def main(argv):
             raise ValueError(f"{' '.join(argv)}: goes with --plan or --trace")
         else:
             demo()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, EOFError) as error:
         parser.error(error)
 
 
 def print_layouts(args):
     if min(args.gpus, args.batch) < 1:
         raise ValueError(f"--gpus {args.gpus}, --batch {args.batch}: must be 1 or more")
+    if min(args.bytes) < 0:
+        raise ValueError(f"--bytes {args.bytes}: must be 0 or more")
     shape = Shape(args.layers, args.dim, args.heads, args.kv_heads, args.hidden, args.vocab,
                   args.seq_len, experts=args.experts, top_k=args.top_k)
     room = CHIPS[args.chip][1]
@@ -959,8 +971,9 @@ def print_trace(path, ranks):
         print(f"{name.replace('_', ' '):<22} {share:6.1%} of the step")
     print(f"{'made and freed, at most':<22} {activation_bytes(trace) / 1e6:.1f} MB")
     for kind, seen in traffic(trace, ranks).items():
-        bandwidth = seen["bus_bytes_per_s"]
-        print(f"{kind:<22} {seen['calls']} calls, {seen['bytes'] / 1e6:.2f} MB in "
+        bandwidth, size = seen["bus_bytes_per_s"], seen["bytes"]
+        print(f"{kind:<22} {seen['calls']} calls, "
+              f"{'? (give --ranks)' if size is None else f'{size / 1e6:.2f}'} MB in "
               f"{1e3 * seen['seconds']:.2f} ms, bus bandwidth "
               + (f"{bandwidth / 1e9:.2f} GB/s" if bandwidth else "not known"))
 

@@ -7,7 +7,7 @@
     default   RMSNorm before each part, RoPE, attention with QK-norm (kv_heads < heads: grouped-
               query), SwiGLU, untied head, no biases
     GPT-2     Config(norm="layernorm", position="learned", mlp="gelu", qk_norm=False, bias=True,
-                     tied=True)
+                     tied=True)     but for its GELU, an approximation by tanh (off by 5e-4 at most)
     Mixtral   Config(hidden=H, experts=8, expert_hidden=H, balance="aux", qk_norm=False)
     2017      old = dict(norm="layernorm", norm_place="post", position="sinusoidal", mlp="relu",
                          qk_norm=False, bias=True, tied=True, scale_embedding=True)
@@ -54,7 +54,8 @@ from tp import (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding,
 
 @dataclasses.dataclass
 class Config:
-    """The shape of a model. ValueError, with the rule and the fix, where the numbers do not fit."""
+    """The shape of a model. ValueError, with the rule and the fix, where the numbers do not fit.
+    None becomes a number here, which dataclasses.replace(config, dim=...) then keeps."""
     vocab_size: int = 256
     seq_len: int = 256                  # the longest sequence the model reads, in tokens
     layers: int = 4
@@ -392,6 +393,8 @@ class GPT(nn.Module):
         a decoder's memory.
 
         cache: [] before the first call; later calls give the tokens that follow the cached ones."""
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens {tuple(tokens.shape)}: pass (B, T), of one text tokens[None]")
         start = cache[0]["k"].shape[2] if cache else 0
         if self.config.cross_attention != (memory is not None):
             raise ValueError(f"cross_attention={self.config.cross_attention}, but memory is "
@@ -510,25 +513,34 @@ class GPT(nn.Module):
         """Write such a folder, whole, in the weights' types: transformers reads it as Qwen3 (with
         qk_norm), Llama or Mixtral. copy_from: the folder that it comes from, whose tokenizer,
         longest text and other settings it keeps. more: entries of config.json. An adapter (peft.py)
-        is left out: merge it before. All ranks call it; not for a part of a pipeline. ValueError:
-        no such model there, or the folder exists."""
+        is left out: merge it before. All ranks call it (where no parameter is split, rank 0 is
+        enough); not for a part of a pipeline. ValueError: no such model there, the folder exists.
+        """
         folder, config = pathlib.Path(folder), theirs_of(self.config)
-        if folder.exists():
-            raise ValueError(f"{folder} exists: nothing is overwritten, name another folder")
         if any(block is None for block in self.blocks):
             raise ValueError("this rank has only some stages: save a model that has all")
         if any(layer.bias is not None and layer.bias.any() for layer in self.experts):
             raise ValueError("the experts are chosen with biases, which Mixtral's are not: train "
                              "with balance='aux'")
-        beside, files = folder.with_name(folder.name + ".tmp"), [{}]
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        cut = any(tp_size(group) > 1 for p in self.parameters() for _, group in
+                  cuts(p, self.tp_group))
+        if rank > 0 and not cut:
+            return                                              # rank 0 has all
+        if folder.exists():
+            raise ValueError(f"{folder} exists: nothing is overwritten, name another folder")
+        if cut:
+            dist.barrier()                                      # all have looked: now it may come
+        beside, files = folder.with_name(f".{folder.name}.unfinished"), [{}]
         for name, p in self.named_parameters():
             if "adapters" in name.split("."):
                 continue
-            for key, t in theirs_from(name, unshard(p, self.tp_group)).items():
+            whole = theirs_from(name, unshard(p, self.tp_group))
+            for key, t in whole.items() if rank == 0 else ():
                 if sum(x.nbytes for x in files[-1].values()) + t.nbytes > shard_bytes:
                     files.append({})
                 files[-1][key] = t.cpu().contiguous()
-        if dist.is_initialized() and dist.get_rank() > 0:
+        if rank > 0:
             return
         shutil.rmtree(beside, ignore_errors=True)               # of a kill
         beside.mkdir(parents=True)
@@ -536,7 +548,7 @@ class GPT(nn.Module):
         if copy_from:
             known = json.loads(pathlib.Path(copy_from, "config.json").read_text())
             known = {key: value for key, value in known.items()
-                     if key not in ("rope_scaling", "dtype")}               # new: other keys
+                     if key not in ("rope_scaling", "dtype", "quantization_config")}
             keep = "model_type", "architectures", "max_position_embeddings", "sliding_window"
             config = known | config | {key: value for key, value in known.items()
                                        if key in keep or key.endswith("_token_id")}
@@ -564,6 +576,9 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, memory=None, cache=None):
         """-> logits (B, T, V), loss: mean nats per target; targets of -100 do not count. With
         loss_chunk and targets there are no logits (loss.py)."""
+        if targets is not None and targets.shape != tokens.shape:
+            raise ValueError(f"targets {tuple(targets.shape)}: pass one for each of the tokens "
+                             f"{tuple(tokens.shape)}")
         x = self.features(tokens, memory, cache)
         if self.loss_chunk and targets is not None:
             if tp_size(self.tp_group) > 1 or hasattr(self.head, "adapters"):
@@ -585,9 +600,10 @@ class GPT(nn.Module):
         one token, not all; the result is the same. Beyond seq_len the older half is forgotten."""
         if not self.config.causal:
             raise ValueError("generate() needs causal=True: this model reads both sides of a token")
-        if tokens.shape[1] < 1 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"T={tokens.shape[1]}, temperature={temperature}, top_k={top_k}: need "
-                             f"a token to start from, temperature >= 0, top_k >= 1")
+        if (tokens.dim() != 2 or tokens.shape[1] < 1 or temperature < 0
+                or top_k is not None and top_k < 1):
+            raise ValueError(f"tokens {tuple(tokens.shape)}, temperature={temperature}, top_k="
+                             f"{top_k}: need (B, T) with T >= 1, temperature >= 0, top_k >= 1")
         training, limit = self.training, self.config.seq_len
         split = [m for m in self.modules() if getattr(m, "sequence_parallel", False)]
         for module in split:                                # a single token cannot be split
@@ -672,7 +688,11 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat
 THEIR_DEFAULTS = {"rms_norm_eps": 1e-6}
 SOME_DEFAULTS = {"mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
                  "qwen3": {"head_dim": 128, "num_key_value_heads": 32},
-                 "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8}}
+                 "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8,
+                             "num_local_experts": 8, "num_experts_per_tok": 2}}
+
+
+TRAINED_LENGTH = "original_max_position_embeddings"
 
 
 def config_of(theirs, seq_len=None):
@@ -684,20 +704,25 @@ def config_of(theirs, seq_len=None):
                "intermediate_size", "max_position_embeddings"} - theirs.keys()
     if missing:
         raise ValueError(f"config.json lacks {sorted(missing)}: it is no whole one")
+    if theirs.get("quantization_config"):
+        raise ValueError("quantization_config: these weights are no plain numbers; take the "
+                         "model's folder before quantization")
     theirs = THEIR_DEFAULTS | SOME_DEFAULTS.get(kind, {}) | theirs
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling")
-    window = theirs.get("sliding_window") if theirs.get("use_sliding_window", True) else None
-    limit = min(theirs["max_position_embeddings"], window or math.inf)
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    slides = theirs.get("use_sliding_window", kind != "qwen3")
+    length, window = theirs["max_position_embeddings"], slides and theirs.get("sliding_window")
+    limit = min(length, window or math.inf)
     for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if theirs.get(key, plain) != plain:
             raise ValueError(f"{key}={theirs[key]!r}: only {plain!r} is known here")
     if seq_len is not None and seq_len > limit:
         raise ValueError(f"seq_len={seq_len}: this model reads at most {limit} tokens"
                          f"{' in its window' if limit == window else ''}")
-    how = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
-    scaled = how != "default"
-    if how in ("dynamic", "yarn", "llama3"):    # what transformers adds itself
-        rope = {"original_max_position_embeddings": theirs["max_position_embeddings"], **rope}
+    how, trained = rope.get("rope_type", rope.get("type", "default")), TRAINED_LENGTH
+    if how == "dynamic":                        # as transformers: whatever else is there
+        rope = {**rope, trained: length}
+    elif how in ("yarn", "llama3"):
+        rope = {**rope, trained: theirs.get(trained) or rope.get(trained) or length}
     experts = dict(experts=theirs["num_local_experts"], top_k=theirs["num_experts_per_tok"],
                    expert_hidden=theirs["intermediate_size"],
                    balance="aux") if kind == "mixtral" else {}
@@ -706,9 +731,9 @@ def config_of(theirs, seq_len=None):
         layers=theirs["num_hidden_layers"], heads=theirs["num_attention_heads"],
         kv_heads=theirs.get("num_key_value_heads"), head_dim=theirs.get("head_dim"),
         hidden=theirs["intermediate_size"], norm_eps=theirs["rms_norm_eps"],
-        rope_base=theirs.get("rope_theta") or (rope or {}).get("rope_theta") or (
+        rope_base=rope.get("rope_theta") or theirs.get("rope_theta") or (
             1e6 if kind == "mixtral" else 1e4),
-        rope_scaling=rope if scaled else None, qk_norm=kind == "qwen3",
+        rope_scaling=None if how == "default" else rope, qk_norm=kind == "qwen3",
         tied=theirs.get("tie_word_embeddings", False), **experts)
 
 
@@ -722,6 +747,14 @@ def theirs_of(config):
         raise ValueError(f"transformers has no such model: {other or 'experts'} must be "
                          f"{[fixed[key] for key in other] or 'without qk_norm, top_k above 1'}")
     kind = "qwen3" if config.qk_norm else "mixtral" if config.experts else "llama"
+    if kind == "llama" and config.dim % config.heads:
+        raise ValueError(f"transformers' Llama has dim / heads a whole number, not {config.dim} / "
+                         f"{config.heads}")
+    rope = {"rope_theta": config.rope_base, **(config.rope_scaling or {"rope_type": "default"})}
+    how, trained = rope.get("rope_type", rope.get("type")), rope.get(TRAINED_LENGTH)
+    if how == "dynamic" and trained < config.seq_len:
+        raise ValueError(f"{TRAINED_LENGTH}={trained} below seq_len={config.seq_len}: transformers "
+                         f"does not know that of dynamic RoPE")
     theirs = {
         "model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "vocab_size": config.vocab_size, "hidden_size": config.dim, "head_dim": config.head_dim,
@@ -730,9 +763,7 @@ def theirs_of(config):
         "num_key_value_heads": config.kv_heads, "max_position_embeddings": config.seq_len,
         "rms_norm_eps": config.norm_eps, "hidden_act": "silu", "attention_bias": False,
         "tie_word_embeddings": config.tied, "bos_token_id": None, "eos_token_id": None,
-        "rope_theta": config.rope_base,
-        "rope_parameters": {"rope_theta": config.rope_base,
-                            **(config.rope_scaling or {"rope_type": "default"})}}
+        "rope_theta": rope["rope_theta"], "rope_parameters": rope}
     if config.experts:
         theirs |= {"num_local_experts": config.experts, "num_experts_per_tok": config.top_k,
                    "sliding_window": None}
@@ -775,6 +806,9 @@ def read_tensor(where, name, p, tp_group):
         if key not in where:
             raise ValueError(f"no tensor {key} in the folder, for {name}")
         part = where[key].get_slice(key)
+        if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{key} is of type {part.get_dtype()}: only plain numbers, no "
+                             f"quantized ones, are known here")
         if part.get_shape() != size:
             raise ValueError(f"{key} has shape {part.get_shape()}, for {name} of shape {size}")
         return part[tuple(index)]

@@ -181,8 +181,8 @@ def parse(argv):
         "adamw" if args.zero or args.tp > 1 or args.peft else "muon")
     if preset and args.optimizer != "muon" and not args.resume:
         args.lr = rate                                  # a preset's is Muon's
-    for name in ("clip", "warmup", "weight_decay", "profile_every", "shared_experts"):
-        if (getattr(args, name) or 0) < 0:
+    for name in ("clip", "warmup", "weight_decay", "profile_every", "shared_experts", "seed"):
+        if not (getattr(args, name) or 0) >= 0:             # also NaN
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 0 or more")
     refuse(args)
     return args
@@ -307,19 +307,26 @@ def model_config(args, tokens):
     return dataclasses.replace(config, seed=args.seed)
 
 
-def default_microbatches(args, dp):
-    """1; in a pipeline the most that divide a rank's rows, up to 4 a process of it; for interleaved
-    a multiple of --pp."""
+def microbatches(args, dp):
+    """--microbatches, or 1; in a pipeline the most that divide a rank's rows, up to 4 a process of
+    it; for interleaved a multiple of --pp. ValueError: the batch does not split so."""
     rows, step = args.batch_size // dp, args.pp if args.schedule == "interleaved" else 1
     fits = [m for m in range(step, 4 * args.pp + 1, step) if rows % m == 0]
-    return fits[-1] if args.pp > 1 and fits else 1
+    count = args.microbatches or (fits[-1] if args.pp > 1 and fits else 1)
+    if args.batch_size % (dp * count):
+        raise ValueError(f"--batch-size {args.batch_size} does not split into {dp * count} parts, "
+                         f"data-parallel ranks x microbatches: pick a multiple of {dp * count}")
+    return count
 
 
 def print_plan(args):
     """What metrics.py's planner expects of this run. ValueError: it does not know such models."""
     config = model_config(args, 0 if args.init else tokenizer_for(args).size)
-    if args.peft or config.shared_experts or config.moe_every > 1:
-        raise ValueError("--plan goes without --peft, --shared-experts and --moe-every")
+    if args.peft or config.shared_experts or config.moe_every > 1 or config.tied:
+        raise ValueError("--plan goes without --peft, --shared-experts, --moe-every, and a head "
+                         "that is the embedding (tied)")
+    if args.schedule not in ("1f1b", "interleaved"):
+        raise ValueError(f"--plan knows --schedule 1f1b and interleaved, not {args.schedule}")
     if args.dtype not in ("bf16", "fp16") or args.recompute not in ("none", "full"):
         raise ValueError("--plan knows --dtype bf16 and fp16, --recompute none and full, not "
                          f"{args.dtype}, {args.recompute}")
@@ -331,15 +338,15 @@ def print_plan(args):
     if dp * args.tp * args.pp != args.nproc:
         raise ValueError(f"--nproc {args.nproc} is no multiple of --tp {args.tp} x --pp {args.pp}")
     low = args.zero and LOW[args.dtype]         # the others keep weights and gradients in fp32
-    rows = args.batch_size // (dp * (args.microbatches or default_microbatches(args, dp)))
+    rows = args.batch_size // (dp * microbatches(args, dp))
     layout = dict(dp=dp, tp=args.tp, pp=args.pp, ep=args.ep, zero=args.zero, chunks=args.chunks,
-                  microbatch=max(1, rows), recompute=args.recompute == "full",
+                  microbatch=rows, recompute=args.recompute == "full",
                   sequence_parallel=args.sequence_parallel)
     needs = plan(shape, args.plan, args.batch_size, kinds=(2, 2, 12) if low else (4, 4, 8),
-                 loss_chunk=args.loss_chunk, **layout)
+                 loss_chunk=args.loss_chunk, product=2, **layout)
     print(f"{shape.parameters():,} parameters in matrices, {args.nproc} x {args.plan}, a step of "
           f"{args.batch_size} x {args.seq_len} tokens, computing at {CHIPS[args.plan][5]:.0%} of "
-          f"the peak of bf16")
+          f"the peak of bf16; optimizer as large as AdamW's")
     print_plans([(layout, needs)])
     if needs["memory"] > 0.9 * CHIPS[args.plan][1]:
         print(f"does not fit: above 90 % of {CHIPS[args.plan][1] / 1e9:.0f} GB")

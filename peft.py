@@ -64,6 +64,11 @@ def matrix(layer):
     return layer.weight.mT if type(layer).__name__ == "Conv1D" else layer.weight
 
 
+def wide(t, p):
+    """t where p is, in p's type, but at least in float32: 16 bits would round small steps away."""
+    return t.to(p.device, torch.promote_types(p.dtype, torch.float32))
+
+
 def matches(name, targets):
     """The last parts of a dotted name: "v_proj" is no part of "video_proj"."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -95,8 +100,8 @@ class LinearChange(Change):
         self.out_features, self.in_features = matrix(layer).shape
         self.layer = [layer]                    # in a list: no child of this module
 
-    def parameter(self, t, cut=None):           # of the weight's type; cut: along that dimension
-        p = nn.Parameter(t.to(self.layer[0].weight).contiguous())   # else fused AdamW errs
+    def parameter(self, t, cut=None):           # cut: along that dimension
+        p = nn.Parameter(wide(t, self.layer[0].weight).contiguous())    # else fused AdamW errs
         if cut is not None:
             p.shard = ("tp", cut)
         return p
@@ -107,7 +112,7 @@ class LinearChange(Change):
 
 class LoRA(LinearChange):
     """A (r, in), B (out, r). rslora: scale alpha / sqrt(r), for large r.
-    dora: also m (out,), the lengths of W's rows."""
+    dora: also m (out,), the lengths of W's rows; a row of zeros stays so."""
 
     def __init__(self, name, layer, generator, rank=8, alpha=16, dropout=0.0, rslora=False,
                  dora=False):
@@ -125,13 +130,15 @@ class LoRA(LinearChange):
         self.A = self.parameter(whole.chunk(n, 1)[i], 1 if self.cut == 1 else None)
         self.B = self.parameter(torch.zeros(self.out_features, rank), 0 if self.cut == 0 else None)
         rows = 0 if self.cut == 0 else None
-        self.m = self.parameter(matrix(layer).detach().norm(dim=1), rows) if dora else None
+        W = matrix(layer).detach()
+        self.m = self.parameter(wide(W, W).norm(dim=1), rows) if dora else None
 
     def delta(self):                                        # (out, in)
         return self.scale * self.B @ self.A
 
     def stretch(self):                          # the length is a constant for backward (DoRA, 4.3)
-        return self.m / (matrix(self.layer[0]) + self.delta()).norm(dim=1).detach()
+        length = (matrix(self.layer[0]) + self.delta()).norm(dim=1).detach()
+        return self.m / length.masked_fill(length == 0, 1)
 
     def after(self, y, x):
         h = F.linear(self.dropout(x).to(self.A.dtype), self.share(self.A))
@@ -176,7 +183,7 @@ class BitFit(Change):
         super().__init__()
         if getattr(layer, "bias", None) is None:
             raise ValueError(f"bitfit: {name} has no bias to train: use another method or targets")
-        self.d = nn.Parameter(torch.zeros_like(layer.bias))
+        self.d = nn.Parameter(wide(torch.zeros_like(layer.bias), layer.bias))
         if hasattr(layer.bias, "shard"):
             self.d.shard = layer.bias.shard
         # Not in the product where that is a rank's term of a sum: d would count n times.
@@ -205,10 +212,10 @@ class Bottleneck(Change):
             width = matrix([m for m in layer.modules() if is_linear(m)][-1]).shape[0]
         like = next(layer.parameters())
         start = torch.empty(bottleneck, width).normal_(0, width ** -0.5, generator=generator)
-        self.down, self.up = nn.Parameter(start.to(like)), nn.Parameter(
-            torch.zeros(width, bottleneck).to(like))
-        self.inner = nn.Parameter(torch.zeros(bottleneck).to(like))         # biases
-        self.outer = nn.Parameter(torch.zeros(width).to(like))
+        self.down = nn.Parameter(wide(start, like))
+        self.up = nn.Parameter(wide(torch.zeros(width, bottleneck), like))
+        self.inner = nn.Parameter(wide(torch.zeros(bottleneck), like))      # biases
+        self.outer = nn.Parameter(wide(torch.zeros(width), like))
 
     def output(self, y):
         h = F.relu(F.linear(y.to(self.down.dtype), self.down, self.inner))
@@ -222,9 +229,11 @@ class Encoder(Change):
         super().__init__()
         if length < 1 or encoder not in (None, "mlp", "lstm"):
             raise ValueError(f"length={length}: at least 1; encoder={encoder!r}: mlp, lstm or None")
+        if encoder and (hidden < 1 or encoder == "lstm" and hidden % 2):
+            raise ValueError(f"hidden={hidden}: at least 1, for lstm even: half for each direction")
         inner = hidden if encoder else width
         start = torch.empty(length, inner).normal_(0, 1 if encoder else 0.1, generator=generator)
-        self.vectors, self.kind = nn.Parameter(start.to(like)), encoder
+        self.vectors, self.kind = nn.Parameter(wide(start, like)), encoder
         if encoder:
             if encoder == "lstm":
                 self.lstm = nn.LSTM(hidden, hidden // 2, bidirectional=True)
@@ -233,7 +242,7 @@ class Encoder(Change):
             with torch.no_grad():               # by this generator: any layout starts alike
                 for p in [p for name, p in self.named_parameters() if name != "vectors"]:
                     p.uniform_(-1, 1, generator=generator).mul_(p.shape[-1] ** -0.5)
-            self.to(like)
+            self.to(self.vectors)
 
     def forward(self):                                      # (P, width)
         if self.kind is None:
@@ -383,6 +392,8 @@ METHODS = {"lora": LoRA, "dora": functools.partial(LoRA, dora=True), "ia3": IA3,
 
 def places_of(model, method, targets):
     """-> {name: module}: where the method puts something. ValueError: a target that is nowhere."""
+    if isinstance(targets, str):
+        raise ValueError(f"targets={targets!r}: give a list of names")
     modules = {name: m for name, m in model.named_modules() if "adapters" not in name.split(".")}
     if method in ("prompt", "p_tuning"):
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -478,6 +489,10 @@ def adapt(model, method, name="default", targets=None, seed=0, **config):
 
 
 def check_free(model, name):
+    try:
+        nn.ModuleDict({name: nn.Identity()})
+    except (KeyError, TypeError) as problem:
+        raise ValueError(f"name={name!r}: {problem}: pick another") from problem
     if name in getattr(model, "peft", {}):
         raise ValueError(f"there is an adapter {name!r}: give this one another name=")
     if any(place.merged for place in places(model).values()):
@@ -643,7 +658,7 @@ def save_adapter(model, folder, name="default", rename=None):
         described = {"peft_type": method, "targets": targets, "config": kept}
     if dist.is_initialized() and dist.get_rank() > 0:
         return
-    beside = folder.with_name(folder.name + ".tmp")
+    beside = folder.with_name(f".{folder.name}.unfinished")
     beside.mkdir(parents=True, exist_ok=True)
     (beside / "adapter_config.json").write_text(json.dumps(described, indent=2))
     safetensors().save_file(state, beside / "adapter_model.safetensors")
@@ -653,11 +668,15 @@ def save_adapter(model, folder, name="default", rename=None):
 @torch.no_grad()
 def load_adapter(model, folder, name="default", rename=None):
     """Put a saved adapter into the model, as `name`, active. lora and dora: also of Hugging Face's
-    peft. ValueError, before anything changes: a layer or a shape that is not this model's."""
+    peft. ValueError, before anything changes: another method, or a layer or a shape that is not
+    this model's."""
     described = json.loads(pathlib.Path(folder, "adapter_config.json").read_text())
     state = safetensors().load_file(pathlib.Path(folder, "adapter_model.safetensors"))
     check_free(model, name)
-    method = described["peft_type"]
+    method = described.get("peft_type")
+    if method not in METHODS and method != "LORA":
+        raise ValueError(f"{folder}: peft_type={method!r}: of the library's methods only LORA is "
+                         f"read here")
     if method == "LORA":
         for key, value in described.items():
             plain = {"bias": "none", "init_lora_weights": (True, "gaussian")}.get(key, ())
@@ -683,7 +702,7 @@ def load_adapter(model, folder, name="default", rename=None):
         targets = None if method in ("prompt", "p_tuning") else targets
     built = build(model, method, targets, 0, config)
     mine = state_of(built, method, rename)
-    for key in mine.keys() | state.keys():
+    for key in sorted(mine.keys() | state.keys()):              # gathered(): all ranks alike
         shapes = [tuple(gathered(mine[key][0], mine[key][1]).shape) if key in mine else None,
                   tuple(state[key].shape) if key in state else None]
         if shapes[0] != shapes[1]:

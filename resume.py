@@ -76,8 +76,8 @@ class Damaged(ValueError):
 
 def saved(root):
     """The complete checkpoints under `root`, oldest first."""
-    found = pathlib.Path(root).glob("step_*")
-    return sorted(path for path in found if path.suffix != ".tmp")
+    steps = {path: path.name.removeprefix("step_") for path in pathlib.Path(root).glob("step_*")}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
 
 
 def settings_of(folder):
@@ -108,6 +108,8 @@ def save(root, step, tensors, facts, settings=None, keep=2, score=None, group=No
     def begin():
         for left_by_a_kill in pathlib.Path(root).glob("step_*.tmp"):
             shutil.rmtree(left_by_a_kill)
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists: nothing is overwritten")
         beside.mkdir(parents=True)
 
     def finish():
@@ -187,9 +189,9 @@ def load(folder, tensors, facts):
     ValueError, before anything is changed, if its facts are not `facts`; Damaged, if a file is not
     what was saved. What else goes wrong says nothing about the checkpoint."""
     def check():
-        manifest = _manifest(folder)
-        for name in facts | manifest["facts"]:
-            was, now = manifest["facts"].get(name), facts.get(name)
+        manifest, here = _manifest(folder), json.loads(json.dumps(facts))       # lists for tuples
+        for name in here | manifest["facts"]:
+            was, now = manifest["facts"].get(name), here.get(name)
             if was != now:
                 raise ValueError(f"{folder} was saved with {name} = {was}, this run has {now}: "
                                  f"give it the same, or start anew elsewhere")
@@ -235,7 +237,7 @@ def _crc32(path):
 
 
 def _last_line(problem):
-    return str(problem).strip().splitlines()[-1]
+    return (str(problem).strip() or repr(problem)).splitlines()[-1]
 
 
 def _on_first_rank(work, group=None):

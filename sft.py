@@ -39,11 +39,13 @@ from torch.nn import functional as F
 
 
 class Bytes:
-    """The tokenizer of a byte model. Byte 0, which texts do not hold, ends a completion."""
+    """The tokenizer of a byte model. Byte 0, which a text must not hold, ends a completion."""
 
     end, size = 0, 256
 
     def encode(self, text):
+        if "\0" in text:
+            raise ValueError("a text holds byte 0, which ends a completion: leave it out")
         return list(text.encode())
 
     def decode(self, tokens):
@@ -119,10 +121,13 @@ class Tokenizer:
 
 def split_pair(prompt, completion, tokenizer):
     """Strings -> tokens of the prompt; of the completion and its end; bytes of these two (an end
-    counts as one)."""
-    whole = tokenizer.encode(prompt + completion)
-    cut = len(os.path.commonprefix([tokenizer.encode(prompt), whole]))
-    return whole[:cut], [*whole[cut:], tokenizer.end], len(completion.encode()) + 1
+    counts as one). A token with letters of both is the completion's, with all its bytes."""
+    whole, alone = tokenizer.encode(prompt + completion), tokenizer.encode(prompt)
+    cut = len(os.path.commonprefix([alone, whole]))
+    size = len(completion.encode()) + 1
+    if cut < len(alone):
+        size += len(prompt.encode()) - len(tokenizer.decode(whole[:cut]).encode())
+    return whole[:cut], [*whole[cut:], tokenizer.end], size
 
 
 def pairs_file(path, tokenizer):
@@ -167,6 +172,8 @@ class Pairs:
         if not self.count:
             raise ValueError(f"none of {len(pairs)} pairs fits in rows of {length} tokens: pick "
                              f"longer rows")
+        if seed < 0:
+            raise ValueError(f"seed={seed}: must be 0 or more")
         targets, size = (sum(counts) for counts in zip(
             *((len(completion), size) for _, completion, size in self.pairs)))
         self.tokens_per_byte = targets / size                   # of completions

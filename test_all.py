@@ -2748,7 +2748,7 @@ def test_moe_sorted_matmuls_equal_a_loop_over_tokens_with_all_gradients(top_k):
 @pytest.mark.parametrize("line, broken", [
     ("out = out * weight.flatten()[order, None].to(out.dtype)", "out = out"),
     ("return x[inverse].view", "return x[order].view"),
-    ("return x[order // k]", "return x[order % (len(order) // k)]"),
+    ("else x[order // k]", "else x[order % (len(order) // k)]"),
     ("weight = weight / weight.sum(-1, keepdim=True)\n", "pass\n"),
     ("return F.silu(gate) * up", "return F.silu(up) * gate")])
 def test_moe_mutants_without_combine_weights_or_with_another_order_fail(line, broken):
@@ -3234,7 +3234,7 @@ TP_BROKEN = [
     ('if ctx.split_tokens else "all-reduce"', 'if ctx.split_tokens else "copy"'),        # no f
     ('"copy", "all-reduce", 0, group', '"copy", "copy", 0, group'),                 # nor here
     ('"all-reduce", "copy", 0, group', '"all-reduce", "all-reduce", 0, group'),     # g: n times
-    ("result.sum(0) if kind", "result[0] if kind"),
+    ("result.sum(0).to", "result[0].to"),
     ("torch.cat(result.chunk(n), dim)", "torch.cat(result.chunk(n)[::-1], dim)"),
     ("else z + self.bias", "else z + tp_size(self.group) * self.bias"),
     ("* mine.unsqueeze(-1)", ""),
@@ -6025,7 +6025,7 @@ def check_a_token_across_the_seam_is_the_completions(module, folder):
         start, rest, size = module.split_pair(prompt, completion, tokenizer)
         whole = tokenizer.model.encode(prompt + completion, add_special_tokens=False).ids
         assert start[0] == 1 and [*start[1:], *rest] == [*whole, 0]         # [begin] ... [end]
-        assert size == len(completion.encode()) + 1
+        assert size == len((seam or completion).encode()) + 1
         assert tokenizer.decode(start) == (prompt if not seam else "the")
         assert tokenizer.decode(rest) == (completion if not seam else seam)
     # What the text itself holds of [begin] and [end] stays, and [begin] does not come twice.
@@ -6551,7 +6551,8 @@ def check_plan_formulas(m):
             gpt.blocks[0](x, **gpt.positions(0, 32, "cpu"))
         measured = sum(t.untyped_storage().nbytes() for t in kept.values()) / (2 * 32 * 4)
         off = 0.05 if not experts else 0.15                 # the router's and the sort's numbers
-        assert abs(shape.activations() / measured - 1) < off, (mlp, shape.activations(), measured)
+        assert abs(sum(shape.activations()) / measured - 1) < off, (
+            mlp, shape.activations(), measured)
     shape, P = m.Shape(**MEGATRON_175B), 96 * 12 * 12288**2
     assert shape.parameters() == P + 2 * 51200 * 12288
     whole = m.plan(shape, "A100", 64)
@@ -6663,7 +6664,13 @@ def check_plan_seconds(m, shape):
         assert got["seconds"] == pytest.approx(
             computing + routed / link + max(0, sums - 2 / 3 * computing)
             + 28 * (dense + expert) / 1e12, rel=1e-12)
-    del m.CHIPS["ours"]
+    m.CHIPS["slow"] = *m.CHIPS["ours"][:4], 1e6, 0.5
+    for layout, same in ((dict(pp=2, dp=2), True), (dict(pp=2, dp=8, zero=0), False)):
+        seconds = [m.plan(large, chip, 8, **layout)["seconds"] for chip in ("ours", "slow")]
+        assert (seconds[0] == seconds[1]) is same, layout           # a node needs no network
+    mixed = m.plan(shape, "ours", 8, tp=2, kinds=(4, 4, 8), product=2)          # autocast
+    assert mixed["send"][0] == 8 * 2048 * 12288 * ((4 * 96 + 1) * 2 + 4)
+    del m.CHIPS["ours"], m.CHIPS["slow"]
 
 
 def test_metrics_plan_formulas_are_the_papers_and_the_models():
@@ -6673,26 +6680,29 @@ def test_metrics_plan_formulas_are_the_papers_and_the_models():
 @pytest.mark.parametrize("line, broken", [
     ("12 * self.seq_len * self.widths()[0]", "6 * self.seq_len * self.widths()[0]"),
     ("12 * self.seq_len * self.widths()[0]", "12 * self.seq_len * self.dim"),
-    ("split / tp + 6 * wide", "split / tp + 5 * wide"), ("(4 if self.qk_norm else 2)", "2"),
+    ("normed / tp + 6 * wide", "normed / tp + 5 * wide"), ("q + kv if self.qk_norm else 0", "0"),
     ("zip(kinds, (3, 2, 1))", "zip(kinds, (1, 2, 3))"),
     ("* min(alive, m)", "* alive * m"), ("pp - 1 - 2 * rank)", "pp - 1)"),
     ("chunks > 1 else pp - rank", "chunks > 1 else pp"), ("12 * flow * shape.vocab", "0 * flow"),
-    ("12 * min(flow, loss_chunk)", "12 * flow"), ("logits, kinds[0] * flow", "0, kinds[0] * flow"),
+    ("12 * min(flow, loss_chunk)", "12 * flow"), ("logits, flow * whole", "0, flow * whole"),
     ("head * (i == n - 1)", "head"), ("(m * chunks)   # to fill", "m   # to"),
-    ("(6 if recompute else 4) * layers +", "4 * layers +"), ("layers + first + last  ", "layers "),
+    ("(6 if recompute else 4) * layers +", "4 * layers +"), ("layers + last  ", "layers "),
+    ("+ first * x)", "+ x)"),
     ("again = 4 / 3 if recompute else 1", "again = 1"), ("last * head_flops", "head_flops"),
     ("2: (m, 1)", "2: (1, 1)"), ("3: (m, 2 * m)", "3: (m, m)"),
     ("to_gather * kinds[0]", "to_gather"),
     ("to_sum * kinds[1]", "to_sum * kinds[0]"), ("chunks * 2 - first - last if", "chunks * 2 if"),
-    ("by_pp / far", "0"), ("by_ep / (near if tp * ep <= 8 else far)", "by_ep / near"),
+    ("by_pp / (near if", "0 * (near if"), ("near if dp * tp * pp <= 8 else far", "far"),
+    ("near if dp * tp * pp <= 8 else far", "near"), ("by_ep / (near if tp * ep <= 8 else far)", "by_ep / near"),
     ("by_tp / (near if tp", "0 / (near if tp"), ("near if dp * tp <= 8 else far) - h", "near) - h"),
     ("max(0, by_dp", "(by_dp"), ("2: 2 / 3, 3: 1}", "3: 1}"), ("3: 1}.get", "3: 2 / 3}.get"),
     ("zero, 2 / 3 / m)", "zero, 2 / 3)"), ("exposed + update}", "exposed}"),
     ("kinds[1] + 2 * kinds[2])", "kinds[1] + kinds[2])"), ("(n if zero else 1) for", "n for"),
     ("replicas = dp, dp // ep", "replicas = dp, dp"), ("/ (tp * ep)]", "/ tp]"),
     ("6 if recompute else 4  # to the experts", "2  # to"), ("layers * shape.top_k", "layers"),
-    ("self.top_k if self.experts else 1)", "1)"),
-    ("self.top_k * (mlp + 2 * wide) if", "mlp if")])
+    ("= attention + mlp * (self.top_k if self.experts else 1)", "= attention + mlp"),
+    ("normed + mlp * (self.top_k if self.experts else 1)", "normed + mlp"),
+    ("2 * wide * self.top_k if", "0 if")])
 def test_metrics_the_plan_check_notices(line, broken):
     assert_caught(check_plan_formulas, mutant("metrics", line, broken))
 
@@ -6744,12 +6754,15 @@ def test_metrics_the_plan_has_the_bytes_of_real_runs(ranks, corpus, tmp_path):
 
 def _traffic_of_a_rank(argv, folder):
     """-> bytes that it sends in a step, by kind; most bytes of what the step makes and frees."""
-    trainer = train.Trainer(options.parse([*argv, "--out", f"{folder}/run"]))
-    trainer.backward()
+    with mock.patch.object(train, "bf16_is_native", lambda device: True):
+        trainer = train.Trainer(options.parse([*argv, "--out", f"{folder}/run"]))
+    with trainer.region():
+        trainer.backward()
     trainer.update()
     rank, n = dist.get_rank(), dist.get_world_size()
     with metrics.profiled(f"{folder}/{rank}.json"):
-        trainer.backward()
+        with trainer.region():
+            trainer.backward()
         with torch.profiler.record_function("update"):
             trainer.update()
     trace = json.loads(pathlib.Path(folder, f"{rank}.json").read_text())
@@ -6760,7 +6773,7 @@ def _traffic_of_a_rank(argv, folder):
 
 @pytest.mark.slow
 def test_metrics_the_plan_has_the_traffic_of_real_runs(ranks, corpus, tmp_path):
-    """Of a rank, in float32, within 2 %: norms and the losses' mean are not planned."""
+    """Of a rank, within 2 %: norms and the losses' mean are not planned."""
     argv = [*TINY[6:], *"--layers 4 --dim 64 --heads 4 --kv-heads 2 --hidden 160 --seq-len 16 "
             "--optimizer adamw --batch-size 12".split(), "--data", corpus]
     sizes = dict(layers=4, dim=64, heads=4, kv_heads=2, hidden=160, vocab=256, seq_len=16)
@@ -6771,9 +6784,15 @@ def test_metrics_the_plan_has_the_traffic_of_real_runs(ranks, corpus, tmp_path):
             (3, "--microbatches 2 --zero 3", dict(dp=3, zero=3)),
             (2, "--microbatches 6 --tp 2", dict(tp=2, sequence_parallel=False)),
             (2, "--microbatches 6 --tp 2 --sequence-parallel", dict(tp=2)),
+            (2, "--microbatches 6 --tp 2 --dtype bf16", dict(tp=2, sequence_parallel=False,
+                                                             product=2)),
+            (2, "--microbatches 6 --tp 2 --sequence-parallel --dtype bf16", dict(tp=2, product=2)),
+            (2, "--microbatches 6 --pp 2 --dtype bf16", dict(pp=2, product=2)),
             (2, "--microbatches 6 --pp 2", dict(pp=2)),
             (2, "--microbatches 6 --pp 2 --schedule interleaved", dict(pp=2, chunks=2)),
-            (2, "--microbatches 3 --experts 4 --ep 2", dict(dp=2, ep=2))):
+            (2, "--microbatches 3 --experts 4 --ep 2", dict(dp=2, ep=2)),
+            (2, "--microbatches 3 --experts 4 --ep 2 --dtype bf16", dict(dp=2, ep=2, product=2)),
+            (4, "--microbatches 3 --experts 4 --ep 2 --tp 2", dict(dp=2, ep=2, tp=2))):
         shape = metrics.Shape(**sizes)
         if "experts" in flags:
             shape = metrics.Shape(**sizes | {"hidden": 80}, experts=4)
@@ -6786,23 +6805,27 @@ def test_metrics_the_plan_has_the_traffic_of_real_runs(ranks, corpus, tmp_path):
             got, planned, off = sum(kinds.values()), sum(want), 0.02
             if "experts" in flags:              # of groups of one rank the trace knows no size
                 got, planned, off = kinds["all_to_all"], want[2], 0.05      # and counts of tokens
+                got *= (1 - 1 / 2) / (1 - 1 / n)
             assert abs(planned / got - 1) < off, (flags, kinds, want)
 
 
 @pytest.mark.slow
 def test_metrics_the_plan_has_the_activations_of_real_runs(ranks, corpus, tmp_path):
-    """Of a whole model and step, in float32, within 10 %."""
-    for layers, vocab, how in ((4, 256, "none"), (8, 256, "none"), (4, 4096, "none"),
-                               (4, 4096, "full")):
+    """Of a whole model and step, within 10 %."""
+    for layers, vocab, how, dtype in (
+            (4, 256, "none", "fp32"), (8, 256, "none", "fp32"), (4, 4096, "none", "fp32"),
+            (4, 4096, "full", "fp32"), (4, 256, "none", "bf16"), (8, 256, "none", "bf16"),
+            (4, 4096, "full", "bf16")):
         argv = [*TINY[6:], *f"--layers {layers} --dim 64 --heads 4 --kv-heads 2 --hidden 160 "
-                f"--seq-len 128 --batch-size 12 --vocab-size {vocab} --recompute {how}".split()]
-        folder = tmp_path / f"{layers}_{vocab}_{how}"
+                f"--seq-len 128 --batch-size 12 --vocab-size {vocab} --recompute {how} "
+                f"--dtype {dtype}".split()]
+        folder = tmp_path / f"{layers}_{vocab}_{how}_{dtype}"
         folder.mkdir()
         [(_, got)] = ranks.run(_traffic_of_a_rank, 1, [*argv, "--data", corpus], str(folder))
         shape = metrics.Shape(layers, 64, 4, 2, 160, vocab, 128, qk_norm=True)
         want = metrics.plan(shape, "A100", 12, kinds=(4, 4, 8), microbatch=12,
-                            recompute=how == "full")["activations"]
-        assert abs(want / got - 1) < 0.1, (layers, vocab, how, got, want)
+                            recompute=how == "full", product=4 if dtype == "fp32" else 2)["activations"]
+        assert abs(want / got - 1) < 0.1, (layers, vocab, how, dtype, got, want)
 
 
 def test_metrics_layouts_fit_and_are_sorted(capsys):

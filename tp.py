@@ -104,7 +104,9 @@ def collective(kind, x, dim, group):
         work.wait()
         if kind == "all-reduce":
             return result
-        return result.sum(0) if kind == "reduce-scatter" else torch.cat(result.chunk(n), dim)
+        if kind == "all-gather":
+            return torch.cat(result.chunk(n), dim)
+        return result.sum(0).to(x.dtype)        # under autocast a sum is float32
 
     return finish
 

@@ -56,7 +56,7 @@ from ddp import DDP
 from metrics import Meter, held, memory_now, peak_flops, profiled, report, scores
 from model import GPT, TOKENIZER, hf_name
 from muon import Muon
-from options import (EXPERTS, LAYOUT, LOW, default_microbatches, last_settings, model_config, parse,
+from options import (EXPERTS, LAYOUT, LOW, last_settings, microbatches, model_config, parse,
                      print_plan, tokenizer_for)
 from pp import Pipeline, schedule
 from sft import Bytes, Pairs, pairs_file
@@ -112,11 +112,8 @@ class Trainer:
                              f"processes: see --nproc")
         self.dp = self.world // (args.tp * args.pp)
         self.dp_rank, pp_rank = self.rank // args.tp % self.dp, self.rank // (args.tp * self.dp)
-        self.microbatches = args.microbatches or default_microbatches(args, self.dp)
+        self.microbatches = microbatches(args, self.dp)
         parts = self.dp * self.microbatches
-        if args.batch_size % parts:
-            raise ValueError(f"--batch-size {args.batch_size} does not split into {parts} parts, "
-                             f"data-parallel ranks x microbatches: pick a multiple of {parts}")
         if args.dtype == "fp8" and args.batch_size // parts * args.seq_len % 16:
             raise ValueError(f"--dtype fp8: {args.batch_size // parts} sequences of {args.seq_len} "
                              f"bytes at a time: their product must be a multiple of 16")
@@ -656,7 +653,7 @@ class Trainer:
         if isinstance(self.windows, Pairs) and self.tokenizer.end in tokens[len(self.prompt):]:
             tokens = tokens[:tokens.index(self.tokenizer.end, len(self.prompt))]
         text = self.tokenizer.decode(tokens)
-        (self.out / "sample.txt").write_text(text)
+        (self.out / "sample.txt").write_text(text, encoding="utf-8")
         say(f"{' a sample of what it writes ':-^80}\n{text.strip()}\n{'':-^80}")
 
 
@@ -833,4 +830,5 @@ def leave(code):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")        # a sample may hold what this terminal cannot
     main(sys.argv[1:])
