@@ -72,8 +72,8 @@ def merge(a, b):
 def block_of(x, start, block, N):                           # (B, H or N, T, D) -> (B, N, rows, D)
     """`block` positions in float32 (float64 stays). Query heads of a group become rows of their
     key head: k and v are not repeated, and the products for dk and dv sum over the group."""
-    x = x[:, :, start:start + block].unflatten(1, (N, -1)).flatten(2, 3)
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x[:, :, start:start + block]
+    return x.reshape(len(x), N, -1, x.shape[3]).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def score_tile(q_i, k_j, diagonal, group, scale):           # -> (B, N, R, keys)
@@ -156,7 +156,7 @@ def flash_attention(q, k, v, causal=True, scale=None, backend=None, block=128):
     half = backend is None and q.is_cuda and q.element_size() == 2 and flash_triton is not None
     if backend == "triton" or half and flash_triton.obstacle(q, k, v, scale) is None:
         return flash_triton.attention(q, k, v, causal, scale)
-    if backend == "torch":
+    if backend == "torch" and q.numel():                    # for no query the tiles have no size
         shift = Tk - Tq if causal else Tk                   # Tk: every query sees every key
         # Autocast, torch's or one made of a torch function mode, would make the products bf16.
         with torch.autocast(q.device.type, enabled=False), torch._C.DisableTorchFunction():

@@ -493,6 +493,9 @@ def check_rope_refuses_bad_input(rope):
         r"\(1, 5\).*\(5,\) or \(2, 5\)": lambda: rope.apply_rope(x, *table, torch.arange(5)[None]),
         r"C=5 ": lambda: rope.sinusoidal_table(10, 5),
     }
+    assert torch.equal(scaled(rope_type="linear", type="default", factor=2.0)()[0],
+                       scaled(type="linear", factor=2.0)()[0])
+    assert rope.apply_rope(x[:, :, :0], *table, torch.arange(0)).shape[2] == 0
     for words, call in bad.items():
         try:
             call()
@@ -1018,6 +1021,10 @@ def test_flash_refuses_inputs_that_do_not_fit_and_says_what_would():
             ), what
         with pytest.raises(ValueError, match="block=0"):
             flash_attn.flash_attention(q, k, v, backend=backend, block=0)
+        for scale in 0.0, -1.0, math.nan:                   # SDPA on a CPU would give NaN
+            with pytest.raises(ValueError, match="scale=.* a scale > 0"):
+                flash_attn.flash_attention(q, k, v, backend=backend, scale=scale)
+        assert flash_attn.flash_attention(q[:0], k[:0], v[:0], backend=backend).shape[0] == 0
     with pytest.raises(ValueError, match="backend='fast'.* pass triton, sdpa, torch"):
         flash_attn.flash_attention(q, k, v, backend="fast")
 
@@ -1577,7 +1584,7 @@ def test_loss_in_chunks_and_its_gradients_equal_those_of_whole_logits():
     ("log_sum.where(counted, math.inf)", "log_sum"), ("label, -counted", "label, -1 - 0 * counted"),
     (".where(counted, 0).sum()\n", ".sum()\n"),
     ("g / count.clamp(min=1)", "g / len(dx)"), ("dw += dz.mT @ part", "dw = dz.mT @ part"),
-    ("d if d is None else (d * g)", "d if d is None else (d / count)")])
+    ("d if d is None else (d.to(g.dtype) * g)", "d if d is None else (d / count)")])
 def test_loss_the_check_notices(line, broken):
     assert_caught(check_loss_equals_whole_logits, mutant("loss", line, broken))
 
@@ -5568,9 +5575,14 @@ def test_peft_names_match_whole_parts_and_unknown_ones_are_errors():
                             (dict(method="magic"), "pick lora, dora"),
                             (dict(method="prompt", len=4), "use .'at', 'length'"),
                             (dict(method="bitfit"), "no layer has a usual name"),
+                            (dict(method="lora", targets="up"), "give a list of names"),
+                            (dict(method="prefix", hidden=0), "hidden=0: at least 1"),
+                            (dict(method="p_tuning", encoder="lstm", hidden=7), "for lstm even"),
+                            (dict(method="lora", name="v1.0"), "pick another"),
+                            (dict(method="lora", name="train"), "pick another"),
                             (dict(method="lora", name="a"), "there is an adapter 'a'")):
         gpt = peft_model()
-        if settings.get("name"):
+        if settings.get("name") == "a":
             peft.adapt(gpt, "lora", name="a")
         before = [(name, p.requires_grad) for name, p in gpt.named_parameters()]
         with pytest.raises(ValueError, match=match):
@@ -5680,6 +5692,38 @@ def test_peft_adapters_switch_and_travel_in_files(tmp_path):
         assert names == [name for name, p in model.named_parameters() if p.requires_grad]
     with pytest.raises(ValueError, match="nothing is overwritten"):
         peft.save_adapter(gpt, tmp_path / "lora", name="lora")
+    stored["peft_type"] = "IA3"                             # the library's
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="peft_type='IA3': of the library's methods only LORA"):
+        peft.load_adapter(peft_model(), tmp_path / "lora")
+
+
+def test_peft_adapters_of_a_16_bit_model_are_float32_and_learn():
+    for method, config in {**PEFT_ALL, "bitfit": {}}.items():
+        gpt = randomised(GPT(Config(**{**SMALL, "kv_heads": 4, "bias": method == "bitfit",
+                                       "seq_len": 24}))).bfloat16()
+        peft.adapt(gpt, method, **config)
+        trained = [p for p in gpt.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained]
+        adamw = torch.optim.AdamW(trained, lr=1e-4)         # of a scale near 1, bf16 would lose it
+        for _ in range(2):
+            gpt(some_tokens(), some_tokens())[1].backward()
+            adamw.step()
+        assert {p.dtype for p in trained} == {torch.float32}, method
+        assert all((p != q).any() for p, q in zip(trained, before)), method
+        if method in ("lora", "dora", "ia3", "bitfit"):
+            want = gpt(some_tokens())[0].float()
+            peft.merge(gpt)
+            close(gpt(some_tokens())[0].float(), want, 0.1 * want.abs().max().item(), method)
+
+
+def test_peft_dora_leaves_a_row_of_zeros_as_it_is():
+    gpt = GPT(Config(**{**SMALL, "kv_heads": 4}))           # o and down begin as zeros
+    before = gpt(some_tokens())[0]
+    peft.adapt(gpt, "dora")
+    close(gpt(some_tokens())[0], before, 1e-6)
+    gpt(some_tokens(), some_tokens())[1].backward()
+    assert all(p.grad.isfinite().all() for p in gpt.parameters() if p.requires_grad)
 
 
 def test_peft_works_with_recomputation_and_autocast():
@@ -5698,7 +5742,7 @@ def test_peft_works_with_recomputation_and_autocast():
         assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(*grads)), method
 
 
-def _peft_parallel(change=None):
+def _peft_parallel(change=None, folder=None):
     """Split by tp.py: loss and gradients of one process; ZeRO-3: a step of one process."""
     m, group, rank = mutant("peft", *change) if change else peft, dist.group.WORLD, dist.get_rank()
     x = torch.randint(36, (2, 12), generator=seeded())
@@ -5734,6 +5778,14 @@ def _peft_parallel(change=None):
                           f"{method} {sequence_parallel} {key}")
     with pytest.raises(ValueError, match="prefix: not with tensor parallelism"):
         m.adapt(GPT(config, group), "prefix")
+    if folder:                                              # gathered by all, in one order
+        config = dataclasses.replace(config, bias=False)
+        split, again = (randomised(GPT(config, group)) for _ in range(2))
+        m.adapt(split, "lora")
+        m.save_adapter(moved(split), folder)
+        dist.barrier()
+        m.load_adapter(again, folder)
+        assert torch.equal(again(x)[0], split(x)[0])
     net = GPT(dataclasses.replace(config, bias=False))
     m.adapt(net, "lora")
     one = copy.deepcopy(net)
@@ -5747,8 +5799,9 @@ def _peft_parallel(change=None):
         close(state[f"model.{key}"], after, 1e-6, f"ZeRO-3 {key}")
 
 
-def test_peft_in_parallel_layers_and_under_zero_equals_one_process(ranks):
-    ranks.run(_peft_parallel, 2)
+def test_peft_in_parallel_layers_and_under_zero_equals_one_process(ranks, tmp_path):
+    pytest.importorskip("safetensors", reason="files of adapters: pip install safetensors")
+    ranks.run(_peft_parallel, 2, None, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("line, broken", [
@@ -6064,7 +6117,7 @@ def test_sft_what_comes_before_a_text_is_found_in_any_vocabulary(tmp_path):
     ("self.model.no_truncation()", "pass"), ("self.model.no_padding()", "pass"),
     ("tokens if tokens[:len(self.begin)] == self.begin else self.begin", "self.begin"),
     ("else self.begin + tokens", "else tokens"),
-    ("len(os.path.commonprefix([tokenizer.encode(prompt), whole]))",
+    ("len(os.path.commonprefix([alone, whole]))",
      "len(tokenizer.encode(prompt))"),
     ('text.find("\\n", start + 1_000_000) + 1', "start + 1_000_001"),
     ("text[start:end], add_special_tokens=False", "text[start:end]")])
@@ -6101,6 +6154,7 @@ def test_sft_bad_input_is_refused_with_the_line(tmp_path):
             (f'{good}\n{{"prompt": "a", "completion": 4}}', "line 2: not an object with two"),
             (f"{good}\n[1]", "line 2: not an object"), (f"{good}\n7", "line 2: not an object"),
             (f'{good}\n{{"prompt": "", "completion": "x"}}', "line 2: the prompt has no token"),
+            (good.replace("b", "b\\u0000"), "line 1: not an object"),
             (good, "1 pairs, but 2 is the least"), ("", "0 pairs, but 2"),
             (f"{good}\n\xe9", "line 2: not an object"), ("[" * 100_000, "line 1: not an object")):
         (tmp_path / "pairs.jsonl").write_text(text, "latin-1")
@@ -6108,6 +6162,8 @@ def test_sft_bad_input_is_refused_with_the_line(tmp_path):
             sft.pairs_file(tmp_path / "pairs.jsonl", sft.Bytes())
     with pytest.raises(ValueError, match="none of 1 pairs fits in rows of 3 tokens"):
         sft.Pairs([sft.split_pair("abc", "de", sft.Bytes())], 3)
+    with pytest.raises(ValueError, match="seed=-1: must be 0 or more"):
+        sft.Pairs([sft.split_pair("abc", "de", sft.Bytes())], 9, seed=-1)
     (tmp_path / "pairs.jsonl").write_text("\n".join([good] * 25))
     both = sft.pairs_file(tmp_path / "pairs.jsonl", sft.Bytes())
     assert [len(part) for part in both] == [22, 3]
@@ -6195,18 +6251,34 @@ def test_resume_the_damage_check_notices_a_missing_crc32(tmp_path):
 
 
 def test_resume_a_missing_file_and_other_facts_are_refused_by_name(tmp_path):
-    resume.save(tmp_path, 1, state_of(1), {"dim": 3, "data": "a"})
+    resume.save(tmp_path, 1, state_of(1), {"dim": 3, "data": "a", "shape": (1, 2)})
+    with pytest.raises(OSError, match="step_0000001 exists"):
+        resume.save(tmp_path, 1, state_of(2), {})
     path = resume.saved(tmp_path)[-1]
+    facts = {"dim": 3, "data": "a", "shape": (1, 2)}
+    assert resume.load(path, state_of(2), facts) == 1
     with pytest.raises(ValueError, match="saved with data = a, this run has b"):
         resume.load(path, state_of(1), {"dim": 3, "data": "b"})
     with pytest.raises(ValueError, match="saved with layers = None, this run has 2"):
-        resume.load(path, state_of(1), {"dim": 3, "data": "a", "layers": 2})
+        resume.load(path, state_of(1), {"dim": 3, "data": "a", "shape": [1, 2], "layers": 2})
     (path / "__0_0.distcp").unlink()
     with pytest.raises(ValueError, match="is missing"):
-        resume.load(path, state_of(1), {"dim": 3, "data": "a"})
+        resume.load(path, state_of(1), facts)
     (path / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no readable manifest.json"):
         resume.load(path, state_of(1), {"dim": 3, "data": "a"})
+
+
+def test_resume_the_newest_is_that_of_the_highest_step_and_only_ours_count(tmp_path):
+    (tmp_path / "step_notes.txt").write_text("mine")
+    for step in 9_999_999, 10_000_000, 10_000_001:
+        resume.save(tmp_path, step, state_of(1), {}, keep=2)
+    assert [path.name for path in resume.saved(tmp_path)] == ["step_10000000", "step_10000001"]
+    assert (tmp_path / "step_notes.txt").read_text() == "mine"
+    assert resume.load_last(tmp_path, state_of(1), {})[0] == 10_000_001
+    with mock.patch.object(resume.dcp, "save", side_effect=MemoryError):        # it has no text
+        with pytest.raises(OSError, match="MemoryError"):
+            resume.save(tmp_path, 7, state_of(1), {})
 
 
 def check_an_index_runs_no_code(module, folder):
@@ -6345,6 +6417,8 @@ def check_trace(m):
                                  "bus_bytes_per_s": pytest.approx(96 * 3 / 4 / 5e-5)}
     assert got["barrier"]["bytes"] == 0
     assert all(kind["bus_bytes_per_s"] is None for kind in m.traffic(gloo).values())
+    assert {kind: seen["bytes"] for kind, seen in m.traffic(gloo).items()} == {
+        "all_reduce": 216, "all_gather": None, "barrier": 0}
     nccl = {"traceEvents": [
         event("step", 0, 100), event("data", 0, 20), event("aten::mm", 0, 100, "cpu_op"),
         event("ampere_gemm", 10, 60, "kernel"), event("Memcpy HtoD", 65, 70, "gpu_memcpy"),
@@ -6489,6 +6563,13 @@ def test_metrics_reads_any_trace(tmp_path, capsys):
     assert "1 calls, 0.00 MB in 0.05 ms, bus bandwidth 0.08 GB/s" in said
     metrics.main(["--trace", str(path)])
     assert "bus bandwidth not known" in capsys.readouterr().out
+    (tmp_path / "no.json.gz").write_text("{}")
+    (tmp_path / "none.json").write_text('{"traceEvents": [{"ph": "M", "name": "a"}]}')
+    for wrong in str(tmp_path), str(tmp_path / "no.json.gz"), str(tmp_path / "none.json"):
+        with pytest.raises(SystemExit):
+            metrics.main(["--trace", wrong])
+        assert "metrics" not in capsys.readouterr().err.partition("error: ")[0].replace(
+            "usage: ", "").splitlines()[-1:]
 
 
 def test_metrics_stderr_of_a_profiled_step_is_kept_but_for_one_line(capfd):
@@ -6511,13 +6592,19 @@ def test_train_plans_a_run_without_starting_it(capsys, tmp_path, monkeypatch):
     assert said[0].startswith(f"{count:,} parameters in matrices, 8 x H100, a step of 32 x 256 tok")
     shape = metrics.Shape(4, 128, 4, 2, gpt.config.hidden, 256, 256, qk_norm=True)
     needs = metrics.plan(shape, "H100", 32, dp=2, tp=2, pp=2, zero=0, microbatch=4, chunks=2,
-                         kinds=(4, 4, 8), sequence_parallel=False)
+                         kinds=(4, 4, 8), sequence_parallel=False, product=2)
     assert said[2].split()[:7] == ["2", "2", "2", "1", "2", "0", "4"]
     assert said[2].split()[-1] == f"{needs['mfu']:.1%}" and os.listdir(tmp_path) == []
-    for flags in ("--nproc 6 --tp 4 --optimizer adamw", "--experts 4 --moe-every 2",
-                  "--recompute selective", "--dtype fp32"):
+    capsys.readouterr()
+    for flags, why in (("--nproc 6 --tp 4 --optimizer adamw", "is no multiple of --tp 4"),
+                       ("--experts 4 --moe-every 2", "goes without"),
+                       ("--recompute selective", "--recompute none and full"),
+                       ("--dtype fp32", "knows --dtype bf16"),
+                       ("--nproc 2 --pp 2 --schedule gpipe", "not gpipe"),
+                       ("--batch-size 8 --microbatches 3", "does not split into 3 parts")):
         with pytest.raises(SystemExit):
             train.main(["--plan", "H100", "--dtype", "bf16", *flags.split()])
+        assert why in capsys.readouterr().err, flags
     train.main("--plan H100 --dtype bf16 --layers 500 --dim 8192 --heads 64".split())
     assert "does not fit" in capsys.readouterr().out
 
@@ -6693,7 +6780,8 @@ def test_metrics_plan_formulas_are_the_papers_and_the_models():
     ("to_gather * kinds[0]", "to_gather"),
     ("to_sum * kinds[1]", "to_sum * kinds[0]"), ("chunks * 2 - first - last if", "chunks * 2 if"),
     ("by_pp / (near if", "0 * (near if"), ("near if dp * tp * pp <= 8 else far", "far"),
-    ("near if dp * tp * pp <= 8 else far", "near"), ("by_ep / (near if tp * ep <= 8 else far)", "by_ep / near"),
+    ("near if dp * tp * pp <= 8 else far", "near"),
+    ("by_ep / (near if tp * ep <= 8 else far)", "by_ep / near"),
     ("by_tp / (near if tp", "0 / (near if tp"), ("near if dp * tp <= 8 else far) - h", "near) - h"),
     ("max(0, by_dp", "(by_dp"), ("2: 2 / 3, 3: 1}", "3: 1}"), ("3: 1}.get", "3: 2 / 3}.get"),
     ("zero, 2 / 3 / m)", "zero, 2 / 3)"), ("exposed + update}", "exposed}"),
@@ -6824,7 +6912,8 @@ def test_metrics_the_plan_has_the_activations_of_real_runs(ranks, corpus, tmp_pa
         [(_, got)] = ranks.run(_traffic_of_a_rank, 1, [*argv, "--data", corpus], str(folder))
         shape = metrics.Shape(layers, 64, 4, 2, 160, vocab, 128, qk_norm=True)
         want = metrics.plan(shape, "A100", 12, kinds=(4, 4, 8), microbatch=12,
-                            recompute=how == "full", product=4 if dtype == "fp32" else 2)["activations"]
+                            recompute=how == "full", product=4 if dtype == "fp32" else 2)
+        want = want["activations"]
         assert abs(want / got - 1) < 0.1, (layers, vocab, how, dtype, got, want)
 
 
@@ -7259,10 +7348,87 @@ def test_model_reads_and_writes_the_folders_of_transformers(ranks, tmp_path):
     ranks.run(_hf_in_parts, 2, tmp_path, ["Llama", "Qwen3", "Mixtral"])
 
 
+def check_rope_is_read_as_transformers_reads_it(module, folder):
+    """A config.json may say two things, at the top and in its rope dict."""
+    import transformers
+    hf_folders(folder)
+    x = torch.randint(12, (2, 20), generator=seeded())
+    llama3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    old = "original_max_position_embeddings"
+    for case, change in (
+            ("Llama", {"rope_parameters": None, "rope_scaling": llama3, old: 8, "rope_theta": 1e4}),
+            ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, old: 16,
+                                           "rope_theta": 1e4}}),
+            ("Llama", {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default",
+                                                              "rope_theta": 500.0}}),
+            ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+                       "rope_parameters": {"rope_type": "linear", "factor": 8.0,
+                                           "rope_theta": 1e4}}),
+            ("Llama", {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {
+                "rope_type": "linear", "type": "default", "factor": 4.0}}),
+            ("Qwen3", {"sliding_window": 8, "use_sliding_window": None})):
+        path = folder / case / "config.json"
+        plain = path.read_text()
+        changed = {**json.loads(plain), **change}
+        path.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / case).eval()
+        ours = module.GPT.from_pretrained(folder / case).eval()
+        path.write_text(plain)
+        close(ours(x)[0], theirs(x).logits, 1e-4, f"{case} {change}")
+
+
+def test_model_rope_is_read_as_transformers_reads_it(tmp_path):
+    pytest.importorskip("transformers", reason="oracle: pip install transformers")
+    check_rope_is_read_as_transformers_reads_it(model_module, tmp_path)
+
+
+@pytest.mark.parametrize("line, broken", [
+    ("theirs.get(trained) or rope.get(trained)", "rope.get(trained)"),
+    ('rope = {**rope, trained: length}', 'rope = {trained: length, **rope}'),
+    ('rope.get("rope_theta") or theirs.get("rope_theta")',
+     'theirs.get("rope_theta") or rope.get("rope_theta")'),
+    ('theirs.get("rope_scaling") or theirs.get("rope_parameters")',
+     'theirs.get("rope_parameters") or theirs.get("rope_scaling")'),
+    ('"use_sliding_window", kind != "qwen3")', '"use_sliding_window", True)')])
+def test_model_the_rope_check_notices(tmp_path, line, broken):
+    pytest.importorskip("transformers", reason="oracle: pip install transformers")
+    with pytest.raises((AssertionError, ValueError)):
+        check_rope_is_read_as_transformers_reads_it(mutant("model", line, broken), tmp_path)
+
+
+def test_model_a_base_in_the_rope_dict_comes_back(tmp_path):
+    pytest.importorskip("safetensors", reason="folders: pip install safetensors")
+    gpt = GPT(Config(**{**SMALL, "rope_scaling": {"rope_type": "default", "rope_theta": 50.0}}))
+    randomised(gpt).save_pretrained(tmp_path / "a")
+    close(GPT.from_pretrained(tmp_path / "a")(some_tokens())[0], gpt(some_tokens())[0], 1e-6)
+
+
+def _save_late(folder, cut):
+    """Rank 1 comes when rank 0 may have finished -> None, or what went wrong."""
+    group = dist.group.WORLD if cut else None
+    gpt = GPT(Config(**{**SMALL, "kv_heads": 4, "vocab_size": 12}), group)
+    time.sleep(0.5 * dist.get_rank())
+    try:
+        gpt.save_pretrained(folder)
+    except ValueError as problem:
+        return str(problem)
+
+
+def test_model_ranks_that_save_do_not_race_for_the_folder(ranks, tmp_path):
+    pytest.importorskip("safetensors", reason="folders: pip install safetensors")
+    (tmp_path / "whole.tmp").mkdir()
+    (tmp_path / "whole.tmp" / "notes.txt").write_text("mine")
+    for name, cut in ("whole", False), ("cut", True):
+        assert ranks.run(_save_late, 2, tmp_path / name, cut) == [None, None]
+        assert GPT.from_pretrained(tmp_path / name).config.dim == 24
+    assert (tmp_path / "whole.tmp" / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole", "whole.tmp"]
+
+
 @pytest.mark.parametrize("line, broken", [
     ("(\"w1\", \"w3\")", "(\"w3\", \"w1\")"),
     ("qk_norm=kind == \"qwen3\"", "qk_norm=False"),
-    ("rope_scaling=rope if scaled else None", "rope_scaling=None"),
+    ("rope_scaling=None if how == \"default\" else rope", "rope_scaling=None"),
     ("norm_eps=theirs[\"rms_norm_eps\"]", "norm_eps=0.1")])
 def test_model_the_folder_check_notices(tmp_path, line, broken):
     module = mutant("model", line, broken)
@@ -7291,18 +7457,32 @@ def test_model_refuses_folders_that_it_does_not_know(tmp_path):
 
     refused("model_type 'gpt2': we have llama", {"model_type": "gpt2"})
     refused("hidden_act='gelu': only 'silu'", {"hidden_act": "gelu"})
+    refused("these weights are no plain numbers", {"quantization_config": {"bits": 8}})
     del good["vocab_size"]
     refused("lacks .'vocab_size'", {})
     good["vocab_size"] = 11
-    refused("at most 8 tokens in its window", {"sliding_window": 8}, seq_len=9)
+    refused("at most 8 tokens in its window", {"sliding_window": 8, "use_sliding_window": True},
+            seq_len=9)
     refused("at most 16 tokens", {}, seq_len=17)
     refused("may run code", {}, tensors=False)
     refused("has shape .20, 24., for blocks.0.mlp.* of shape .40, 24.", {"intermediate_size": 40})
     refused("no tensor model.layers.2", {"num_hidden_layers": 3})
+    import safetensors.torch
+    [file] = (tmp_path / "good").glob("*.safetensors")
+    tensors = safetensors.torch.load_file(file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    safetensors.torch.save_file(tensors, file)
+    refused("model.norm.weight is of type I8: only plain numbers", {})
+    mixtral = {**good, "model_type": "mixtral"}
+    assert model_module.config_of(mixtral).experts == 8     # transformers' defaults
+    assert model_module.config_of(mixtral).top_k == 2
     with pytest.raises(ValueError, match="nothing is overwritten"):
         gpt.save_pretrained(tmp_path / "good")
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}
     for changes, match in ((dict(norm="layernorm"), "norm.* must be .'rmsnorm'"),
-                           (dict(experts=4), "without qk_norm")):
+                           (dict(experts=4), "without qk_norm"),
+                           (dict(dim=26, head_dim=6, qk_norm=False), "a whole number, not 26 / 4"),
+                           (dict(rope_scaling=dynamic), "=8 below seq_len=16")):
         with pytest.raises(ValueError, match=match):
             GPT(Config(**{**SMALL, **changes})).save_pretrained(tmp_path / "new")
     biased = GPT(Config(**{**SMALL, "experts": 4, "qk_norm": False}))
@@ -7362,6 +7542,11 @@ def test_model_bad_input_is_refused_with_the_fix():
         gpt(some_tokens(1, 17))
     with pytest.raises(ValueError, match="use both or neither"):
         gpt(some_tokens(), memory=torch.zeros(2, 3, 24))
+    with pytest.raises(ValueError, match=r"targets \(9, 2\): .* tokens \(2, 9\)"):
+        gpt(some_tokens(), some_tokens().mT)
+    for call in gpt, lambda tokens: gpt.generate(tokens, 1):
+        with pytest.raises(ValueError, match=r"tokens \(9,\)"):
+            call(some_tokens()[0])
     with pytest.raises(ValueError, match="causal=True"):
         make(causal=False).generate(some_tokens(), 1)
     with pytest.raises(ValueError, match="temperature >= 0"):
@@ -7495,6 +7680,7 @@ def check_stages_are_the_model(module):
             assert {id(p) for p in seen} == {id(p) for p in whole.parameters()}
 
 
+@torch.no_grad()
 def randomised(model):                          # o and down start at zero: then blocks do nothing
     for i, p in enumerate(model.parameters()):
         p.add_(torch.randn(p.shape, generator=seeded(i)) / 4)
@@ -8398,7 +8584,7 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--steps", "0", *new], "at least 1"),
         (["--data", corpus, "--steps", "many", *new], "invalid int value"),
         (["--data", corpus, "--device", "abacus", *new], "choose from"),
-        (["--data", corpus, "--seed", "-1", *new], "must be 0 or more"),
+        (["--data", corpus, "--seed", "-1", *new], "--seed -1: use 0"),
         (["--no-such-flag"], "unrecognized arguments"),
         (["--data", str(out / "metrics.jsonl"), "--out", str(out)], "lies in --out"),
         (["--data", corpus, "--warmup", "-1", *new], "--warmup -1: use 0 or more"),
@@ -8438,6 +8624,7 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--init", str(listed), "--peft", "bitfit", *new], "choose from"),
         (["--data", corpus, "--clip", "-1", *new], "--clip -1.0: use 0"),
         (["--data", corpus, "--weight-decay", "-1", *new], "--weight-decay -1.0: use 0"),
+        (["--data", corpus, "--clip", "nan", *new], "--clip nan: use 0"),
         (["--data", corpus, "--seq-len", "0", *new], "windows of 0 bytes"),
         (["--data", corpus, "--seq-len", "5000", *new], "to validate on (a tenth of the text)"),
         (["--data", corpus, "--out", "."], "needs a folder of its own"),
@@ -10280,9 +10467,9 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "options": {"model", "pp", "peft", "sft", "resume", "metrics"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics", "options"}}
-LONGEST = {"model": 815, "train": 840, "options": 345, "resume": 421, "metrics": 975, "zero": 630,
+LONGEST = {"model": 850, "train": 840, "options": 355, "resume": 425, "metrics": 985, "zero": 630,
            "checkpoint": 645, "tp": 580, "pp": 800, "amp": 915, "ddp": 320, "moe": 580,
-           "peft": 925, "sft": 340}                         # others: 300
+           "peft": 945, "sft": 350}                         # others: 300
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
