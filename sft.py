@@ -18,7 +18,7 @@ of prompt alone and of both differ. A token across the seam is the completion's:
 begin a completion, not end a prompt.
 
 Cost      rows as long as T whatever they hold; tokens in memory, 4 bytes each for a text
-Paper     Ouyang et al. 2022, section 3.5 (SFT). Shi et al. 2024: with long prompts and few pairs
+Paper     Ouyang et al. 2022, section 3.5 (SFT). Shi et al. 2024: with long prompts or few pairs
           the loss on the prompt, too, can help; it is not offered here
 Run       python sft.py         every claim, and figures/sft.png, about 5 s
 Left out  chat templates (write their text into the prompts), several pairs in one row (packing),
