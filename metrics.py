@@ -375,8 +375,7 @@ class Shape:
         """Numbers that a block keeps for backward, of a token, on a rank; scores by tiles (flash)
         -> of products: q, k, v, o; q and k once more with norms of their own; four of the MLP
         (gate, up, their parts); with experts top_k times those, and their inputs and outputs;
-        of norms, fp32 under autocast: the residual stream, inputs of norms and of matrices, twice;
-        q and k."""
+        of norms: inputs of norms and of matrices, twice; q and k."""
         wide, (q, kv) = self.dim, self.widths()
         mlp, normed = (4 if self.gated else 2) * self.hidden, q + kv if self.qk_norm else 0
         split = 2 * (q + kv) + normed + mlp * (self.top_k if self.experts else 1)
@@ -413,10 +412,10 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
     parallelism are hidden by the last microbatch's backward (ZeRO-2: all backwards, as it sums
     after each; ZeRO-3: everything). Then the optimizer reads and writes its state. Experts' load is
     even and their products as fast as others: measured models with experts reach less. loss_chunk:
-    see loss.py. product: bytes of a number that products of matrices give: 2 under autocast, None:
-    as of a weight. ValueError: what cannot be cut so."""
+    see loss.py. product: bytes of a number that products of matrices give: 2 under autocast, which
+    computes norms in fp32; None: both as of a weight. ValueError: what cannot be cut so."""
     peak, _, speed, near, far, efficiency = CHIPS[chip]
-    product = product or kinds[0]
+    product, in_norm = (product, 4) if product else (kinds[0], kinds[0])
     if min(batch, dp, tp, pp, microbatch, chunks, ep) < 1 or not 0 <= zero <= 3:
         raise ValueError("batch and layout must be 1 or more, zero 0 to 3")
     m, pieces = batch // (dp * microbatch), pp * chunks
@@ -450,7 +449,7 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
 
         alive = (pp * chunks + pp - 1 - 2 * rank) / chunks if chunks > 1 else pp - rank
         of_products, of_norms = shape.activations(tp, sequence_parallel)
-        whole = product * of_products + kinds[0] * of_norms
+        whole = product * of_products + in_norm * of_norms
         kept = kinds[0] * C / (tp if sequence_parallel else 1) if recompute else whole
         flow, logits = microbatch * T, 0
         if last and loss_chunk:                 # three times in fp32; gradients of the head, twice

@@ -513,9 +513,9 @@ class GPT(nn.Module):
         """Write such a folder, whole, in the weights' types: transformers reads it as Qwen3 (with
         qk_norm), Llama or Mixtral. copy_from: the folder that it comes from, whose tokenizer,
         longest text and other settings it keeps. more: entries of config.json. An adapter (peft.py)
-        is left out: merge it before. All ranks call it (where no parameter is split, rank 0 is
-        enough); not for a part of a pipeline. ValueError: no such model there, the folder exists.
-        """
+        is left out: merge it before. All ranks may call it, those of a split
+        model must; else rank 0 alone looks, writes and raises. Not for a part of a pipeline.
+        ValueError: no such model there, the folder exists."""
         folder, config = pathlib.Path(folder), theirs_of(self.config)
         if any(block is None for block in self.blocks):
             raise ValueError("this rank has only some stages: save a model that has all")

@@ -87,9 +87,9 @@ class Sort(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, order, inverse, k, back):
         ctx.arguments = order, inverse, k, not back
-        if back and k > 1:                      # under autocast a sum is float32
-            return x[inverse].view(len(x) // k, k, x.shape[1]).sum(1)
-        return x[inverse] if back else x[order // k]
+        if back:                                # under autocast a sum is float32
+            return x[inverse].view(len(x) // k, k, x.shape[1]).sum(1).to(x.dtype)
+        return x[order // k]
 
     @staticmethod
     def backward(ctx, dy):

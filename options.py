@@ -93,7 +93,7 @@ def add_flags(add):                                     # add: a parser's add_ar
     add("--lr", type=float, help="peak learning rate; default: 0.04 for muon, 0.002 for adamw, "
         "0.01 with --peft")
     add("--warmup", type=int, default=0, help="steps until the peak")
-    add("--weight-decay", type=float, default=0.0, help="in a step all tensors shrink by the "
+    add("--weight-decay", type=float, default=0.0, help="what is trained shrinks in a step by its "
         "learning rate times this")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--seed", type=int, default=0)
@@ -197,6 +197,9 @@ def refuse(args):
         raise ValueError("--peft needs --init FOLDER, and --merge needs --peft")
     if args.merge and args.peft not in ("lora", "dora", "ia3"):
         raise ValueError(f"--merge: {args.peft} is no change of weights; lora, dora and ia3 are")
+    if args.weight_decay and args.peft in ("ia3", "dora"):
+        raise ValueError(f"--weight-decay goes without --peft {args.peft}: scales that belong near "
+                         f"1 or |W| would shrink, and the base with them")
     if args.peft in ("prompt", "p_tuning") and args.pp > 1:
         raise ValueError(f"--peft {args.peft} goes without --pp: the prompt enters and leaves the "
                          f"whole model")

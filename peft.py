@@ -635,17 +635,25 @@ def state_of(built, method, rename=None):
 def save_adapter(model, folder, name="default", rename=None):
     """Write adapter `name`, nothing of the base, to a new folder: adapter_config.json and
     adapter_model.safetensors, for lora and dora as Hugging Face's peft writes and reads them.
-    rename: of a layer of this model -> its name in Hugging Face's. All ranks of a split model call
-    it. ValueError: the folder exists."""
+    rename: of a layer of this model -> its name in Hugging Face's. All ranks may call it, those of
+    a split adapter must; else rank 0 alone looks, writes and raises. ValueError: the folder exists.
+    """
     if name not in getattr(model, "peft", {}):
         raise ValueError(f"no adapter {name!r}: there are {list(getattr(model, 'peft', {}))}")
     folder, (method, config) = pathlib.Path(folder), model.peft[name]
-    if folder.exists():
-        raise ValueError(f"{folder} exists: nothing is overwritten, name another folder")
     built = {key: (place, place.adapters[name]) for key, place in places(model).items()
              if name in place.adapters}
+    parts = state_of(built, method, rename)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    split = any(hasattr(p, "shard") for p, _ in parts.values())
+    if rank > 0 and not split:
+        return
+    if folder.exists():
+        raise ValueError(f"{folder} exists: nothing is overwritten, name another folder")
+    if split:
+        dist.barrier()                                      # all have looked: now it may come
     state = {key: gathered(p, place).detach().cpu().contiguous()
-             for key, (p, place) in state_of(built, method, rename).items()}
+             for key, (p, place) in parts.items()}
     targets = [rename(key) if rename else key for key in built]
     if method in ("lora", "dora"):
         described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
@@ -656,7 +664,7 @@ def save_adapter(model, folder, name="default", rename=None):
     else:
         kept = {k: v for k, v in config.items() if k not in ("reparametrize", "encoder", "hidden")}
         described = {"peft_type": method, "targets": targets, "config": kept}
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if rank > 0:
         return
     beside = folder.with_name(f".{folder.name}.unfinished")
     beside.mkdir(parents=True, exist_ok=True)

@@ -39,13 +39,11 @@ from torch.nn import functional as F
 
 
 class Bytes:
-    """The tokenizer of a byte model. Byte 0, which a text must not hold, ends a completion."""
+    """The tokenizer of a byte model. Byte 0, which none may hold, ends a completion."""
 
     end, size = 0, 256
 
     def encode(self, text):
-        if "\0" in text:
-            raise ValueError("a text holds byte 0, which ends a completion: leave it out")
         return list(text.encode())
 
     def decode(self, tokens):
@@ -126,7 +124,9 @@ def split_pair(prompt, completion, tokenizer):
     cut = len(os.path.commonprefix([alone, whole]))
     size = len(completion.encode()) + 1
     if cut < len(alone):
-        size += len(prompt.encode()) - len(tokenizer.decode(whole[:cut]).encode())
+        text = tokenizer.model.encode(prompt + completion, add_special_tokens=False)
+        start, _ = text.offsets[cut - (len(whole) - len(text))]         # of its first character
+        size += len(prompt[start:].encode())
     return whole[:cut], [*whole[cut:], tokenizer.end], size
 
 
@@ -144,6 +144,9 @@ def pairs_file(path, tokenizer):
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
             raise ValueError(f"{path}, line {number}: not an object with two strings, prompt and "
                              f"completion ({problem!r})") from problem
+        if isinstance(tokenizer, Bytes) and tokenizer.end in pairs[-1][1][:-1]:
+            raise ValueError(f"{path}, line {number}: the completion holds byte 0, which ends it: "
+                             f"leave it out")
         if not pairs[-1][0]:
             raise ValueError(f"{path}, line {number}: the prompt has no token of its own: it is "
                              f"empty, or one token with the completion; let that begin with a "

@@ -2755,7 +2755,7 @@ def test_moe_sorted_matmuls_equal_a_loop_over_tokens_with_all_gradients(top_k):
 @pytest.mark.parametrize("line, broken", [
     ("out = out * weight.flatten()[order, None].to(out.dtype)", "out = out"),
     ("return x[inverse].view", "return x[order].view"),
-    ("else x[order // k]", "else x[order % (len(order) // k)]"),
+    ("return x[order // k]", "return x[order % (len(order) // k)]"),
     ("weight = weight / weight.sum(-1, keepdim=True)\n", "pass\n"),
     ("return F.silu(gate) * up", "return F.silu(up) * gate")])
 def test_moe_mutants_without_combine_weights_or_with_another_order_fail(line, broken):
@@ -5778,7 +5778,12 @@ def _peft_parallel(change=None, folder=None):
                           f"{method} {sequence_parallel} {key}")
     with pytest.raises(ValueError, match="prefix: not with tensor parallelism"):
         m.adapt(GPT(config, group), "prefix")
-    if folder:                                              # gathered by all, in one order
+    if folder:
+        whole = GPT(config)                                 # rank 1 comes when rank 0 has written
+        m.adapt(whole, "adapter")
+        time.sleep(0.3 * rank)
+        m.save_adapter(whole, f"{folder}_whole")
+        # Of a split model: gathered by all, in one order.
         config = dataclasses.replace(config, bias=False)
         split, again = (randomised(GPT(config, group)) for _ in range(2))
         m.adapt(split, "lora")
@@ -6081,6 +6086,8 @@ def check_a_token_across_the_seam_is_the_completions(module, folder):
         assert size == len((seam or completion).encode()) + 1
         assert tokenizer.decode(start) == (prompt if not seam else "the")
         assert tokenizer.decode(rest) == (completion if not seam else seam)
+    _, rest, size = module.split_pair("[begin]a dog[end]the c", "at", tokenizer)
+    assert tokenizer.decode(rest) == " cat" and size == 4 + 1           # not the text of [end]
     # What the text itself holds of [begin] and [end] stays, and [begin] does not come twice.
     start, rest, _ = module.split_pair("[begin]the cat[end]", " sat[end] on", tokenizer)
     assert start == [*tokenizer.encode("the cat"), 0] and start.count(1) == 1
@@ -6154,7 +6161,7 @@ def test_sft_bad_input_is_refused_with_the_line(tmp_path):
             (f'{good}\n{{"prompt": "a", "completion": 4}}', "line 2: not an object with two"),
             (f"{good}\n[1]", "line 2: not an object"), (f"{good}\n7", "line 2: not an object"),
             (f'{good}\n{{"prompt": "", "completion": "x"}}', "line 2: the prompt has no token"),
-            (good.replace("b", "b\\u0000"), "line 1: not an object"),
+            (good.replace("b", "b\\u0000"), "line 1: the completion holds byte 0"),
             (good, "1 pairs, but 2 is the least"), ("", "0 pairs, but 2"),
             (f"{good}\n\xe9", "line 2: not an object"), ("[" * 100_000, "line 1: not an object")):
         (tmp_path / "pairs.jsonl").write_text(text, "latin-1")
@@ -6565,11 +6572,11 @@ def test_metrics_reads_any_trace(tmp_path, capsys):
     assert "bus bandwidth not known" in capsys.readouterr().out
     (tmp_path / "no.json.gz").write_text("{}")
     (tmp_path / "none.json").write_text('{"traceEvents": [{"ph": "M", "name": "a"}]}')
-    for wrong in str(tmp_path), str(tmp_path / "no.json.gz"), str(tmp_path / "none.json"):
+    for wrong, why in ((".", "Is a directory"), ("no.json.gz", "Not a gzipped file"),
+                       ("none.json", "no event with a duration")):
         with pytest.raises(SystemExit):
-            metrics.main(["--trace", wrong])
-        assert "metrics" not in capsys.readouterr().err.partition("error: ")[0].replace(
-            "usage: ", "").splitlines()[-1:]
+            metrics.main(["--trace", str(tmp_path / wrong)])
+        assert why in capsys.readouterr().err.partition("error: ")[2], wrong
 
 
 def test_metrics_stderr_of_a_profiled_step_is_kept_but_for_one_line(capfd):
@@ -6880,7 +6887,11 @@ def test_metrics_the_plan_has_the_traffic_of_real_runs(ranks, corpus, tmp_path):
             (2, "--microbatches 6 --pp 2 --schedule interleaved", dict(pp=2, chunks=2)),
             (2, "--microbatches 3 --experts 4 --ep 2", dict(dp=2, ep=2)),
             (2, "--microbatches 3 --experts 4 --ep 2 --dtype bf16", dict(dp=2, ep=2, product=2)),
-            (4, "--microbatches 3 --experts 4 --ep 2 --tp 2", dict(dp=2, ep=2, tp=2))):
+            (4, "--microbatches 3 --experts 4 --ep 2 --tp 2", dict(dp=2, ep=2, tp=2)),
+            (2, "--microbatches 6 --experts 4 --tp 2 --dtype bf16",
+             dict(tp=2, sequence_parallel=False, product=2)),
+            (2, "--microbatches 6 --experts 4 --tp 2 --sequence-parallel --dtype bf16",
+             dict(tp=2, product=2))):
         shape = metrics.Shape(**sizes)
         if "experts" in flags:
             shape = metrics.Shape(**sizes | {"hidden": 80}, experts=4)
@@ -6891,7 +6902,9 @@ def test_metrics_the_plan_has_the_traffic_of_real_runs(ranks, corpus, tmp_path):
         for kinds, _ in seen:
             kinds.pop("recv", None)
             got, planned, off = sum(kinds.values()), sum(want), 0.02
-            if "experts" in flags:              # of groups of one rank the trace knows no size
+            if "--tp 2 --" in flags and "experts" in flags:
+                off = 0.05                                                  # what the router sends
+            elif "experts" in flags:            # of groups of one rank the trace knows no size
                 got, planned, off = kinds["all_to_all"], want[2], 0.05      # and counts of tokens
                 got *= (1 - 1 / 2) / (1 - 1 / n)
             assert abs(planned / got - 1) < off, (flags, kinds, want)
@@ -6899,11 +6912,12 @@ def test_metrics_the_plan_has_the_traffic_of_real_runs(ranks, corpus, tmp_path):
 
 @pytest.mark.slow
 def test_metrics_the_plan_has_the_activations_of_real_runs(ranks, corpus, tmp_path):
-    """Of a whole model and step, within 10 %."""
+    """Of a whole model and step, within 10 %; all recomputed under ZeRO, 16 %."""
     for layers, vocab, how, dtype in (
             (4, 256, "none", "fp32"), (8, 256, "none", "fp32"), (4, 4096, "none", "fp32"),
             (4, 4096, "full", "fp32"), (4, 256, "none", "bf16"), (8, 256, "none", "bf16"),
-            (4, 4096, "full", "bf16")):
+            (4, 4096, "full", "bf16"), (8, 256, "none", "bf16 --zero 1"),
+            (8, 256, "full", "bf16 --zero 1")):
         argv = [*TINY[6:], *f"--layers {layers} --dim 64 --heads 4 --kv-heads 2 --hidden 160 "
                 f"--seq-len 128 --batch-size 12 --vocab-size {vocab} --recompute {how} "
                 f"--dtype {dtype}".split()]
@@ -6911,10 +6925,12 @@ def test_metrics_the_plan_has_the_activations_of_real_runs(ranks, corpus, tmp_pa
         folder.mkdir()
         [(_, got)] = ranks.run(_traffic_of_a_rank, 1, [*argv, "--data", corpus], str(folder))
         shape = metrics.Shape(layers, 64, 4, 2, 160, vocab, 128, qk_norm=True)
-        want = metrics.plan(shape, "A100", 12, kinds=(4, 4, 8), microbatch=12,
-                            recompute=how == "full", product=4 if dtype == "fp32" else 2)
+        want = metrics.plan(shape, "A100", 12, microbatch=12, recompute=how == "full",
+                            kinds=(2, 2, 12) if "zero" in dtype else (4, 4, 8),
+                            product=None if dtype == "fp32" else 2)
         want = want["activations"]
-        assert abs(want / got - 1) < 0.1, (layers, vocab, how, dtype, got, want)
+        off = 0.16 if how == "full" and "zero" in dtype else 0.1
+        assert abs(want / got - 1) < off, (layers, vocab, how, dtype, got, want)
 
 
 def test_metrics_layouts_fit_and_are_sorted(capsys):
@@ -8625,6 +8641,8 @@ def test_train_bad_input_gives_one_error_line_exit_code_2_and_loses_nothing(
         (["--data", corpus, "--clip", "-1", *new], "--clip -1.0: use 0"),
         (["--data", corpus, "--weight-decay", "-1", *new], "--weight-decay -1.0: use 0"),
         (["--data", corpus, "--clip", "nan", *new], "--clip nan: use 0"),
+        (["--data", corpus, "--init", "nowhere", "--peft", "ia3", "--weight-decay", "1", *new],
+         "--weight-decay goes without --peft ia3"),
         (["--data", corpus, "--seq-len", "0", *new], "windows of 0 bytes"),
         (["--data", corpus, "--seq-len", "5000", *new], "to validate on (a tenth of the text)"),
         (["--data", corpus, "--out", "."], "needs a folder of its own"),
@@ -10469,7 +10487,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
               "metrics", "options"}}
 LONGEST = {"model": 850, "train": 840, "options": 355, "resume": 425, "metrics": 985, "zero": 630,
            "checkpoint": 645, "tp": 580, "pp": 800, "amp": 915, "ddp": 320, "moe": 580,
-           "peft": 945, "sft": 350}                         # others: 300
+           "peft": 955, "sft": 350}                         # others: 300
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
