@@ -926,7 +926,7 @@ def test_flash_under_autocast_casts_its_inputs_and_not_its_accumulators():
 
 def test_the_flash_autocast_check_notices_bf16_products():
     assert_caught(check_flash_under_autocast, mutant(
-        "flash_attn", "with torch.autocast(device, enabled=False), ", "with "))
+        "flash_attn", "with torch.autocast(q.device.type, enabled=False), ", "with "))
     assert_caught(check_flash_under_autocast, mutant(
         "flash_attn", "with torch.autocast(do.device.type, enabled=False):", "if True:"))
 
@@ -4443,8 +4443,8 @@ def test_amp_autocast_leaves_the_tiles_of_attention_in_fp32():
     check_attention_under_autocast(flash_attn)
     assert_caught(check_attention_under_autocast, mutant(
         "flash_attn",
-        "with torch.autocast(device, enabled=False), torch._C.DisableTorchFunction():",
-        "with torch.autocast(device, enabled=False):"))
+        "with torch.autocast(q.device.type, enabled=False), torch._C.DisableTorchFunction():",
+        "with torch.autocast(q.device.type, enabled=False):"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn, None, "bf16"])
