@@ -8984,7 +8984,7 @@ def _train_unmoved(argv):
 
 
 def test_train_a_presets_rate_is_only_for_its_optimizer():
-    assert options.parse(["--preset", "shakespeare"]).lr == 0.02
+    assert options.parse(["--preset", "shakespeare"]).lr == 0.06
     assert options.parse(["--preset", "shakespeare", "--zero", "1"]).lr is None
     assert options.parse(["--preset", "shakespeare", "--zero", "1", "--lr", "0.02"]).lr == 0.02
 
