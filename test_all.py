@@ -7420,10 +7420,10 @@ def test_model_a_base_in_the_rope_dict_comes_back(tmp_path):
 
 
 def _save_late(folder, cut):
-    """Rank 1 comes when rank 0 may have finished -> None, or what went wrong."""
-    group = dist.group.WORLD if cut else None
+    """The last ranks come when rank 0 may have finished -> None, or what went wrong."""
+    group = dist.new_subgroups(2)[0] if cut else None       # of 4 ranks: two replicas
     gpt = GPT(Config(**{**SMALL, "kv_heads": 4, "vocab_size": 12}), group)
-    time.sleep(0.5 * dist.get_rank())
+    time.sleep(0.5 * (dist.get_rank() // (2 if cut else 1)))
     try:
         gpt.save_pretrained(folder)
     except ValueError as problem:
@@ -7434,8 +7434,8 @@ def test_model_ranks_that_save_do_not_race_for_the_folder(ranks, tmp_path):
     pytest.importorskip("safetensors", reason="folders: pip install safetensors")
     (tmp_path / "whole.tmp").mkdir()
     (tmp_path / "whole.tmp" / "notes.txt").write_text("mine")
-    for name, cut in ("whole", False), ("cut", True):
-        assert ranks.run(_save_late, 2, tmp_path / name, cut) == [None, None]
+    for name, cut, n in ("whole", False, 2), ("cut", True, 4):
+        assert ranks.run(_save_late, n, tmp_path / name, cut) == [None] * n
         assert GPT.from_pretrained(tmp_path / name).config.dim == 24
     assert (tmp_path / "whole.tmp" / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole", "whole.tmp"]
