@@ -136,7 +136,7 @@ def profiled(path):
         with profile(record_shapes=True, profile_memory=True) as profiler:
             with record_function("step"):
                 yield
-                if torch.cuda.is_available():
+                if torch.cuda.is_initialized():
                     torch.cuda.synchronize()
     if path is not None:
         profiler.export_chrome_trace(str(path))
@@ -303,8 +303,8 @@ def held(tensors):
 
 def memory_now():
     """Bytes: {allocated, reserved, peak} of the GPU, since the last call, by tensors, by torch for
-    tensors, and at most by tensors; without one {peak} of the process, since it began."""
-    if torch.cuda.is_available():
+    tensors, and at most by tensors; of a process that uses none its {peak}, since it began."""
+    if torch.cuda.is_initialized():
         found = {"memory_allocated": torch.cuda.memory_allocated(),
                  "memory_reserved": torch.cuda.memory_reserved(),
                  "memory_peak": torch.cuda.max_memory_allocated()}

@@ -172,6 +172,9 @@ def parse(argv):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))
+    if args.nproc not in (1, processes):
+        raise ValueError(f"--nproc {args.nproc}: torchrun has started {processes} processes here: "
+                         f"leave it out")
     enough = processes <= torch.cuda.device_count()
     args.device = args.device or ("cuda" if enough else "cpu")
     if args.device == "cuda" and not enough and not args.plan:

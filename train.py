@@ -18,10 +18,10 @@
 
 --out (default out/) receives metrics.jsonl, loss.png, sample.txt, the best and the last two
 checkpoints, and at the end model/, a folder that transformers reads, or with --peft adapter/, one
-that peft reads. A batch is a function of (seed, step), dropout's masks of the rank, too: a resumed
-run repeats the uninterrupted one bit for bit, and any number of processes sees the same data. On
-SIGTERM it saves and ends; under torchrun --max-restarts, when a process dies, all go on from the
-last checkpoint.
+that peft reads. A batch is a function of (seed, step), dropout's masks of the rank, too: on a CPU a
+resumed run repeats the uninterrupted one bit for bit, and any number of processes sees the same
+data. On SIGTERM it saves and ends; under torchrun --max-restarts, when a process dies, all go on
+from the last checkpoint.
 """
 
 import atexit
@@ -138,9 +138,10 @@ class Trainer:
                  if key != "head_dim" and (args.experts or key not in EXPERTS)}
         if args.init:
             shape |= {"init": folder_crc32(args.init), "peft": args.peft}
-        self.facts = {**shape, "optimizer": args.optimizer,
-                      "data": data}
-        on_all_ranks(lambda: None, same=self.facts)
+        self.facts = {**shape, "optimizer": args.optimizer, "data": data}
+        flags = {name: value for name, value in vars(args).items()
+                 if name not in ("data", "init", "tokenizer", "out")}       # paths, of machines
+        on_all_ranks(lambda: None, same=flags | self.facts)
         self.dp_group, self.pp_group, self.tp_group = dist.group.WORLD, None, None
         if args.tp > 1 or args.pp > 1:
             shape = args.pp, self.dp, args.tp
@@ -156,8 +157,9 @@ class Trainer:
         layout = dict(tp_group=self.tp_group, sequence_parallel=args.sequence_parallel,
                       stages=(mine, n), ep_group=ep_group,
                       data_group=self.dp_group if self.dp > 1 else None)
-        self.model = (GPT.from_pretrained(args.init, config.seq_len, **layout) if args.init else
-                      GPT(config, **layout)).to(args.device)
+        self.model = on_all_ranks(lambda: (
+            GPT.from_pretrained(args.init, config.seq_len, **layout) if args.init else
+            GPT(config, **layout)).to(args.device))
         for p in self.model.parameters():
             if hasattr(p, "expert_parallel"):
                 p.replicas = replicas
@@ -196,6 +198,8 @@ class Trainer:
             whole = schedule("naive", args.pp, 1, args.chunks)          # for any number of rows
             self.evaluation = Pipeline(stages, whole, loss_of, self.pp_group)
         self.resumed, self.rows_before = 0, 0           # at that step so many rows had been read
+        if args.zero:                                   # whole, with AdamW's state: too much for a
+            self.model.cpu()                            # GPU that holds a part of both
         if args.dtype == "fp16" and not args.resume:    # a checkpoint may come before a good step
             self.make_state()
         self.step = self.load() if args.resume else 0
@@ -204,6 +208,7 @@ class Trainer:
                              f"{self.step}: give at least that")
         if args.zero:
             state, [(_, peak)] = self.tensors(), self.optimizers
+            self.model.to(args.device)
             self.zero = Zero(self.model, args.zero, torch.optim.AdamW, self.dp_group, low,
                              lr=peak, **adamw_settings(args))
             self.zero.load_full_state_dict(self.parts(state))
@@ -309,10 +314,13 @@ class Trainer:
         return peak and peak * self.world
 
     def tensors(self):
-        """What a checkpoint holds of this rank, by names and shapes that no layout changes."""
-        state = self.zero.full_state_dict() if self.zero else dict(self.entries())
-        return {name: unshard(self.owner(name), self.tp_group, t) if t.dim() else t
-                for name, t in state.items()}
+        """What a checkpoint holds of this rank, by names and shapes that no layout changes. What is
+        put together for it goes to the CPU, one tensor after the other: a GPU holds its parts."""
+        state, whole = self.zero.full_state_dict() if self.zero else dict(self.entries()), {}
+        for name, t in state.items():
+            full = unshard(self.owner(name), self.tp_group, t) if t.dim() else t
+            whole[name] = t if full is t else full.cpu()
+        return whole
 
     def parts(self, state):
         """The reverse of tensors(): what this rank holds of each."""
@@ -416,7 +424,7 @@ class Trainer:
     def to_device(self, *tensors):
         """To a GPU from pinned memory: Python goes on, and does not wait until it has copied."""
         if self.args.device == "cuda":              # elsewhere the source might be gone too early
-            return [t.pin_memory().to("cuda", non_blocking=True) for t in tensors]
+            return [t.contiguous().pin_memory().to("cuda", non_blocking=True) for t in tensors]
         return [t.to(self.args.device) for t in tensors]
 
     def weight(self, targets):
@@ -514,8 +522,11 @@ class Trainer:
                     norm = float(norm)      # waits for a GPU here: its time is that of the steps
             if look and self.rank == 0:
                 widest = max(self.dp, args.tp, args.pp)     # else groups are of several sizes
-                spent |= report(json.loads(trace.read_text()),
-                                self.world if widest == self.world and args.ep == 1 else None)
+                try:
+                    spent |= report(json.loads(trace.read_text()),
+                                    self.world if widest == self.world and args.ep == 1 else None)
+                except Exception as problem:            # no reason to end a run
+                    say(f"note   step {self.step}: no profile: {problem!r}")
             if dist.is_torchelastic_launched() and os.getppid() != parent:
                 self.stop = True                        # the launcher is gone: nobody would stop it
             stopping = bool(self.max_over_ranks(self.stop) if self.world > 1 else self.stop)
@@ -603,8 +614,7 @@ class Trainer:
         for name, t in itertools.chain(whole.named_parameters(), whole.named_buffers()):
             t.data.copy_(state[f"model.{name}"])
             crc32 = zlib.crc32(t.detach().numpy().tobytes(), crc32)
-        if self.sum_over_ranks(crc32) != [crc32 * self.world]:
-            raise RuntimeError(f"rank {self.rank} holds other weights than the rest: {crc32:08x}")
+        drifted = self.sum_over_ranks(crc32) != [crc32 * self.world]
         if self.rank == 0:
             self.sample(whole.to(self.args.device).eval())
             self.export(whole)
@@ -612,28 +622,40 @@ class Trainer:
                 self.meter.plot(self.out / "loss.png")
             except ImportError:
                 say("note   no loss.png: pip install matplotlib")
+        if drifted:
+            dist.barrier()                          # rank 0 has written what it holds
+            raise RuntimeError(f"the ranks hold different weights, rank {self.rank} {crc32:08x}")
         say(f"weights crc32 {crc32:08x} on {self.world} rank(s); the run is in {self.out}/")
 
     def export(self, model):
         """The folders that transformers and peft read, where they know such a model."""
         try:
             if self.args.peft:
-                shutil.rmtree(self.out / "adapter", ignore_errors=True)     # of an earlier end
-                peft.save_adapter(model, self.out / "adapter", rename=hf_name)
+                with self.replaced("adapter") as folder:
+                    peft.save_adapter(model, folder, rename=hf_name)
             if self.args.merge:
                 peft.merge(model)
             if self.args.merge or not self.args.peft:
-                shutil.rmtree(self.out / "model", ignore_errors=True)
                 pairs = isinstance(self.windows, Pairs) and isinstance(self.tokenizer, Bytes)
                 more = {"eos_token_id": self.tokenizer.end} if pairs or self.args.tokenizer else {}
                 if isinstance(self.tokenizer, Bytes) and model.config.vocab_size != 256:
                     more["byte_level"] = True                               # for folder_config()
-                model.save_pretrained(self.out / "model", copy_from=self.args.init, **more)
-                for name in TOKENIZER if self.args.tokenizer else ():
-                    if pathlib.Path(self.args.tokenizer, name).is_file():
-                        shutil.copy(pathlib.Path(self.args.tokenizer, name), self.out / "model")
+                with self.replaced("model") as folder:
+                    model.save_pretrained(folder, copy_from=self.args.init, **more)
+                    for name in TOKENIZER if self.args.tokenizer else ():
+                        if pathlib.Path(self.args.tokenizer, name).is_file():
+                            shutil.copy(pathlib.Path(self.args.tokenizer, name), folder)
         except Exception as reason:                 # also safetensors' own: the run itself is done
             say(f"note   no folder to share: {reason}")
+
+    @contextlib.contextmanager
+    def replaced(self, name):
+        """Save into the folder that this gives; then it takes the place of an earlier end's."""
+        new = self.out / f"{name}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        yield new
+        shutil.rmtree(self.out / name, ignore_errors=True)
+        os.replace(new, self.out / name)
 
     @torch.no_grad()
     def sample(self, model):
@@ -682,7 +704,7 @@ def on_all_ranks(task, *given, same=None):
     for rank, (_, other) in enumerate(every):
         if other != first:
             names = [name for name in first if other[name] != first[name]]
-            raise ValueError(f"rank {rank} reads other data, or another model, than rank 0: " +
+            raise ValueError(f"rank {rank} has other data, flags, or another model, than rank 0: " +
                              ", ".join(f"{n} = {other[n]}, not {first[n]}" for n in names))
     return result
 
@@ -795,7 +817,7 @@ def main(argv):
         dist.barrier()                                  # gloo may abort whom others leave behind
     except SystemExit as ended:
         leave(ended.code if dist.get_rank() == 0 else 1)        # said once: all ranks give up
-    except (OSError, RuntimeError) as problem:
+    except Exception as problem:
         if "imed out" in str(problem):
             leave(f"error: rank {dist.get_rank()} waited {args.timeout} s for others, in step "
                   f"{trainer.step + 1}: {trainer.who_is_missing()}")
