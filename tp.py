@@ -11,9 +11,10 @@ replicas drift apart (figures/tp.png). Sequence parallelism: from g to the next 
 dropout) a rank holds t = T / n of the tokens; f and g become the two halves of an all-reduce.
 
 Cost     a layer (attention, MLP of 4 C, all heads): 2 all-reduces forward, 2 backward, or their
-         halves; a rank sends 8 B T C (n-1)/n elements. In bf16 that is less time than what n
-         ranks save of the matrices' 72 B T C^2 flop where flop/s < 4.5 C x bytes/s: wide layers,
-         fast links; and less than what is left to a rank where flop/s < 4.5 C / (n-1) x bytes/s.
+         halves; a rank sends 8 B T C (n-1)/n elements. In bf16, nothing overlapping, that is less
+         time than what n ranks save of the matrices' 72 B T C^2 flop where flop/s < 4.5 C x
+         bytes/s, those that a rank sends: wide layers, fast links (1e15 and 4.5e11: C > 494); and
+         less than what is left to a rank where flop/s < 4.5 C / (n-1) x bytes/s.
          Kept for backward, bytes per B T C (bf16, GELU): 32 on one rank, 8 + 24 / n, with
          sequence parallelism 4 + 28 / n. Korthikanti table 2 has 34, 10 + 24 / t, 34 / t beside
          the scores (5 a s / h, which fused attention does not keep): two dropout masks more,
@@ -112,7 +113,9 @@ def collective(kind, x, dim, group):
 
 
 class Conjugate(torch.autograd.Function):
-    """A linear map forward, its transpose backward, for one loss that all ranks compute."""
+    """One collective forward, another backward: which, the next layer decides. If all ranks do the
+    same with the result, each has the whole gradient, and backward copies or takes its part; if
+    each computes a term of what follows, a term of the gradient, and backward sums them."""
 
     @classmethod
     def of(cls, x, there, back, dim, group):    # alone it is nothing, not even a node of the graph
@@ -195,9 +198,14 @@ def check_dtype(x):
 
 def column_parallel(x, *layers):
     """Column layers of one group that read the same x (q k v, gate up) -> this rank's outputs, with
-    one f for all. It reads their weights: forward hooks on them are not called."""
+    one f for all. It reads their weights: forward hooks on them are not called. ValueError: layers
+    that differ in group or sequence_parallel, or gather their outputs."""
     check_dtype(x)
     group, split_tokens = layers[0].group, layers[0].sequence_parallel
+    if len(layers) > 1 and any(m.gather_output or (m.group, m.sequence_parallel) != (
+            group, split_tokens) for m in layers):
+        raise ValueError("column_parallel: give layers of one group and one sequence_parallel, "
+                         "without gather_output")
     # To the type of a product here, under autocast a lower one: once, before x travels, is kept.
     x = x.to((x.new_empty(0, 1) @ x.new_empty(1, 0)).dtype)
     if tp_size(group) == 1:
@@ -343,11 +351,15 @@ def part_like(p, full, group):
 
 def sum_replicated_grads(module, group):
     """Once per step, with sequence parallelism: whole parameters (norms, biases of row layers) have
-    seen only a rank's tokens; their gradients are summed over the group. ValueError: it spreads
-    experts (moe.py), too, whose gradients are means."""
+    seen only a rank's tokens; their gradients are summed over the group, also of a layer after a
+    gather, which has seen all: keep those out. ValueError: no layer splits tokens, so nothing is
+    missing; the group spreads experts (moe.py), too, whose gradients are means."""
     if group is not None and any(
             getattr(p, "expert_parallel", None) is group for p in module.parameters()):
         raise ValueError("experts are spread over this group: spread them over another")
+    split = any(getattr(m, "sequence_parallel", False) for m in module.modules())
+    if tp_size(group) > 1 and not split:
+        raise ValueError("no layer has sequence_parallel: whole parameters have seen all tokens")
     grads = [p.grad for p in module.parameters() if p.grad is not None and not hasattr(p, "shard")]
     if grads and tp_size(group) > 1:
         total = collective("all-reduce", torch.cat([g.flatten() for g in grads]), 0, group)()
@@ -540,6 +552,7 @@ def bench(rounds):
     cuda = torch.cuda.is_available() and dist.is_torchelastic_launched()
     device, B, T, C, H = ("cuda", 8, 2048, 4096, 32) if cuda else ("cpu", 4, 64, 256, 4)
     n, ways, times = dist.get_world_size(), {}, {}
+    C, H = (3 * C // 4, 3 * H // 4) if n == 3 else (C, H)       # whole heads
     for split in (False, True):
         here = Shard(1) if split else Replicate()
         plan = {"enter": parallel.PrepareModuleInput(input_layouts=here,
