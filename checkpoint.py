@@ -65,7 +65,7 @@ class Saved:
         self.leaves, self.spec = tree_flatten(tree)
         tensors = [(i, x) for i, x in enumerate(self.leaves)
                    if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter)]
-        self.grads = {i: x.requires_grad for i, x in tensors}
+        self.grads = {i: (x.requires_grad, x._version) for i, x in tensors}
         for i, _ in tensors:
             self.leaves[i] = None
         anchor = torch.empty(0, requires_grad=True)
@@ -73,7 +73,9 @@ class Saved:
 
     def load(self):
         leaves = list(self.leaves)
-        for (i, grad), x in zip(self.grads.items(), self.end.grad_fn.saved_tensors):
+        for (i, (grad, version)), x in zip(self.grads.items(), self.end.grad_fn.saved_tensors):
+            if x._version != version:           # of a hook, such as save_on_cpu: another tensor
+                torch._C._autograd._unsafe_set_version_counter((x,), (version,))
             leaves[i] = x.detach().requires_grad_(grad)
         return tree_unflatten(leaves, self.spec)
 
@@ -513,7 +515,8 @@ def demo_choice():
     one, most = saved_bytes(blocks[0], x.requires_grad_()), {}
     for k in (1, 2, 4, 8, 16):                              # k inputs; one segment at a time
         most[k] = (k - 1) * x.nbytes + 16 // k * one
-    print(f"\n16 blocks, each keeps {one / x.nbytes:.1f} x its input, in k segments: MB at most")
+    print(f"\n16 blocks, each keeps {one / x.nbytes:.1f} x its input, in k segments: MB at most, "
+          f"by that")
     print("    ", ",  ".join(f"k = {k}: {size / 1e6:.2f}" for k, size in most.items()))
 
 

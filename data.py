@@ -104,9 +104,11 @@ def examples(windows, numbers, objective="causal"):                     # -> 2 x
     """The windows of these numbers -> inputs, targets; a target of -100 is not counted in the loss.
 
     causal: the targets are the inputs, one byte further on. mlm: round(0.15 T) targets in EVERY
-    row: with a varying count, the mean over ranks would not be the mean over targets."""
-    if objective not in ("causal", "mlm"):
-        raise ValueError(f"objective={objective!r}: pick causal or mlm")
+    row: with a varying count, the mean over ranks would not be the mean over targets. ValueError:
+    another objective, or mlm of other tokens than bytes, among which MASK would be one."""
+    if objective not in ("causal", "mlm") or objective == "mlm" and windows.text.dtype != np.uint8:
+        raise ValueError(f"objective={objective!r} for tokens of type {windows.text.dtype}: pick "
+                         f"causal, or, of bytes (uint8), mlm")
     rows = torch.from_numpy(np.stack([windows[n] for n in numbers]).astype(np.int64))
     inputs, targets = rows[:, :-1], rows[:, 1:]
     if objective == "causal":
@@ -157,17 +159,21 @@ def demo():
     missed = int((times == 0).sum())
     check(times.max() == 1 and missed < 2 * T, "an epoch reads no target twice and misses < 2 T",
           f"at most {times.max()} time, {missed} of {len(small)} bytes missed (< {2 * T})")
-    first, again = ([windows[n].tolist() for n in range(windows.count, 2 * windows.count)]
-                    for _ in range(2))
-    before = [windows[n].tolist() for n in range(windows.count)]
-    check(first == again and first != before, "a window is a function of (seed, n); epochs differ",
-          f"{len(first)} windows equal when read again")
+    def read(windows, epoch):
+        return [windows[epoch * windows.count + i].tolist() for i in range(windows.count)]
+
+    later, first = read(windows, 1), read(windows, 0)       # and with other objects, from the start
+    alike = read(Windows(small, T, seed=1), 1) == later
+    others = first, read(Windows(small, T, seed=2), 1)
+    check(alike and later not in others, "a window is a function of (seed, n); others differ",
+          f"{len(later)} windows equal when read again, not in epoch 0, nor of seed 2")
 
     B, step = 12, 5
     whole, _ = examples(windows, range(step * B, step * B + B))
     for ranks in (2, 3, 4):
         part = B // ranks
-        parts = [examples(windows, range(step * B + r * part, step * B + (r + 1) * part))[0]
+        parts = [examples(Windows(small, T, seed=1),
+                          range(step * B + r * part, step * B + (r + 1) * part))[0]
                  for r in range(ranks)]
         check(torch.equal(torch.cat(parts), whole), f"{ranks} ranks read the batch of one process",
               "equal")

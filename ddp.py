@@ -9,7 +9,8 @@ layer, whose gradients travel in a bucket while those of earlier layers are bein
     bucket 0             [== all-reduce ==]
     bucket 1                                           [== all-reduce ==]  the wait
 
-Cost     a rank sends 2 (N-1)/N of the gradient bytes a step (ring); only activations shrink.
+Cost     a rank sends 2 (N-1)/N of the gradient bytes a step (ring); only activations shrink, and
+         from backward to sync() the gradients are there twice: as autograd's and in buckets.
 Paper    Li et al. 2020, PyTorch Distributed, section 3.2 (arXiv 2006.15704).
 Run      python ddp.py [--nproc N] [--bench]   or   torchrun --nproc-per-node N ddp.py [--bench]
 Left out sparse gradients, compression, buckets reordered after step 1: see torch/nn/parallel.
@@ -81,7 +82,9 @@ class DataParallel(nn.Module):
         weights = [*self.module.parameters(), *self.module.buffers()]
         replicas = [self.module] + [copy.deepcopy(
             self.module, {id(w): w.to(d, copy=True) for w in weights}) for d in devices[1:]]
-        outputs = [r(*(x.to(d) for x in part)) for r, d, part in zip(replicas, devices, parts)]
+        # All copies come first: a GPU would send the second part after it has done the first one.
+        parts = [[x.to(d) for x in part] for d, part in zip(devices, parts)]
+        outputs = [replica(*part) for replica, part in zip(replicas, parts)]
         return torch.cat([torch.atleast_1d(y).to(devices[0]) for y in outputs])
 
 
@@ -105,7 +108,8 @@ class DDP(nn.Module):
                              "of those that hold the same")
         tensors = dict([*module.named_parameters(), *module.named_buffers()])
         mine = [f"{bucket_mb=}"]
-        mine += [f"{k} {tuple(t.shape)} {t.dtype} {t.requires_grad=}" for k, t in tensors.items()]
+        mine += [f"{k} {tuple(t.shape)} {t.dtype} {t.requires_grad=} {hasattr(t, 'replicas')=}"
+                 for k, t in tensors.items()]
         lists = [None] * self.world_size
         dist.all_gather_object(lists, mine, group=group)
         for rank, theirs in enumerate(lists):   # all ranks raise or none: none is left waiting
@@ -234,8 +238,9 @@ def demo():
         global_mean(model(mine[1:]).square().sum(), len(mine)).backward()
         model.sync()
         sgd.step()
-    for name, m in ("DataParallel on 3 devices", copies), ("DDP, unequal rows, no_sync", model):
-        error = max((p - q).abs().max().item() for p, q in zip(m.parameters(), whole.parameters()))
+    for name, m in ("DataParallel in 3 parts", copies), ("DDP, unequal rows, no_sync", model):
+        error = torch.stack([(p - q).abs().max() for p, q in
+                             zip(m.parameters(), whole.parameters())]).max().item()
         check(error <= 1e-12, f"{name}: 3 SGD steps = one process", f"{error:.1e} (<= 1e-12)")
     here = nn.utils.parameters_to_vector(model.parameters()).detach()
     model.broadcast([first := here.clone()])

@@ -218,9 +218,11 @@ def obstacle(q, k, v, scale):
         return f"D = {q.shape[3]}: pad it to a multiple of 16 bytes, up to 256"
     if not 0 < scale < math.inf:
         return f"{scale=}: pass a positive one"
-    if q.is_cuda and torch.cuda.get_device_properties(q.device).major not in (9, 10):
-        return "this GPU's compute capability is neither 9.x nor 10.x: use SDPA"
-    if not q.is_cuda and (isinstance(forward_kernel, triton.JITFunction) or q.dtype == DTYPES[1]):
+    interpreted = not isinstance(forward_kernel, triton.JITFunction)
+    if q.is_cuda and (interpreted or torch.version.hip or
+                      torch.cuda.get_device_properties(q.device).major not in (9, 10)):
+        return "this GPU's compute capability is neither 9.x nor 10.x, or TRITON_INTERPRET is set"
+    if not q.is_cuda and not (interpreted and q.dtype != DTYPES[1]):
         return "no GPU: set TRITON_INTERPRET=1 (which multiplies bfloat16 wrongly), or use SDPA"
 
 
@@ -234,7 +236,8 @@ def attention(q, k, v, causal=True, scale=None):
 
 
 def compiler_report(kernel, D, walk, **constants):
-    """-> registers of a thread, bytes spilled, wgmma instructions of a kernel built for Hopper."""
+    """Of a kernel built for Hopper -> registers of a thread, bytes spilled, bytes of shared memory,
+    wgmma instructions."""
     rows, cols, warps, stages = TILES[D][walk]
     constants |= {"rows": rows, "cols": cols, "D": D}
     kinds = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
@@ -243,13 +246,14 @@ def compiler_report(kernel, D, walk, **constants):
     kinds |= {name: "*fp32" for name in kinds.keys() & {"lse", "delta"}} | {"scale": "fp32"}
     source = triton.compiler.ASTSource(kernel, kinds, constants)
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    built = triton.compile(source, target, {"num_warps": warps, "num_stages": stages}).asm
+    kernel = triton.compile(source, target, {"num_warps": warps, "num_stages": stages})
+    built, shared = kernel.asm, kernel.metadata.shared
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         pathlib.Path(file.name).write_bytes(built["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.check_output(command, text=True)
     registers, spilled = (int(usage.split(key)[1].split()[0]) for key in (" REG:", " STACK:"))
-    return registers, spilled, built["ptx"].count("wgmma.mma_async")
+    return registers, spilled, shared, built["ptx"].count("wgmma.mma_async")
 
 
 def check(ok, claim, measured):
@@ -262,15 +266,17 @@ def check(ok, claim, measured):
 def numbers(device="cpu", dtype=torch.float32, limit=1e-5):
     """The kernels against dense attention in float64: on a GPU, or in Triton's interpreter."""
     torch.manual_seed(0)
-    for claim, N, Tq, Tk in (("6 query heads on 2 key heads", 2, 100, 100),
-                             ("37 queries after 63 cached keys", 2, 37, 100),
-                             ("100 queries on 37 keys: 63 rows are 0", 2, 100, 37)):
+    for claim, causal, Tq, Tk in (("6 query heads on 2 key heads", True, 100, 100),
+                                  ("37 queries after 63 cached keys", True, 37, 100),
+                                  ("100 queries on 37 keys: 63 rows are 0", True, 100, 37),
+                                  ("every query sees every key", False, 37, 100)):
         q, do = torch.randn(2, 2, 6, Tq, 32, device=device).to(dtype)
-        k, v = torch.randn(2, 2, N, Tk, 32, device=device).to(dtype)
-        seen = torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
+        k, v = torch.randn(2, 2, 2, Tk, 32, device=device).to(dtype)
+        seen = torch.ones(Tq, Tk, dtype=torch.bool, device=device)
+        seen, results = seen.tril(Tk - Tq) if causal else seen, []
         dense = lambda *qkv: F.scaled_dot_product_attention(*qkv, seen, enable_gqa=True)
-        results = []
-        for attend, kind in (attention, dtype), (dense, torch.float64):
+        ours = lambda *qkv: attention(*qkv, causal)
+        for attend, kind in (ours, dtype), (dense, torch.float64):
             qkv = [x.to(kind).detach().requires_grad_() for x in (q, k, v)]
             o = attend(*qkv)
             results.append([o.detach(), *torch.autograd.grad(o, qkv, do.to(kind))])
@@ -290,9 +296,11 @@ def demo():
         for name, kernel, walk, side in (("forward", forward_kernel, 0, {}),
                                          ("dq", backward_kernel, 1, {"keys": False}),
                                          ("dk and dv", backward_kernel, 1, {"keys": True})):
-            registers, spilled, products = compiler_report(kernel, D, walk, **side)
-            check((spilled == 0 or D > 128) and products > 0, f"built for Hopper: {name}, D = {D}",
-                  f"{registers} of 255 registers, {spilled} bytes spilled, {products} x wgmma")
+            registers, spilled, shared, products = compiler_report(kernel, D, walk, **side)
+            fits = (spilled == 0 or D > 128) and shared <= 232448       # bytes: all there are
+            check(fits and products > 0, f"built for Hopper: {name}, D = {D}",
+                  f"{registers} of 255 registers, {spilled} bytes spilled, {shared / 1024:.0f} of "
+                  f"227 KB shared, {products} x wgmma")
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def demo_rotation():
         same(turn(q, n) @ turn(k, n).mT, turn(q) @ turn(k).mT, 1e-12, f"q . k, both moved by {n}")
     same(turn(q).norm(dim=-1), q.norm(dim=-1), 1e-12, "the length of every vector is kept")
     order = to_interleaved(torch.arange(D), 1)         # which half-split entry stands where
+    same(to_half_split(order, 1), torch.arange(D), 0, "to_half_split undoes to_interleaved")
     want = rope_reference(q[..., order], angle[:T])
     same(apply_rope(q[..., order], cos, sin, None, True), want, 1e-12, "interleaved = complex form")
     same(turn(q)[..., order], want, 1e-12, "half-split, permuted = complex form")
@@ -200,6 +201,11 @@ def demo_rotation():
     same(got[0, :, 20:], turn(q[:, :, 20:])[0], 0, "a packed document = the document alone")
     same(got[1, :, 5:], turn(q[:, :, 5:])[1], 0, "a left-padded row = the row alone")
     same(rope_table(8192, D)[0], cos, 1e-3, "cos of the float32 table, 8192 positions = float64")
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 8192}
+    turns, slowed = 8192 / (2 * math.pi / theta), _frequencies(1, D, 1e4, llama3)[0] / theta
+    same(slowed[[0, -1]], torch.tensor([1, 1 / 8]), 1e-6, f"llama3: {turns[0]:.0f} turns stay, "
+         f"{turns[-1]:.1f} are slowed by 8")
     lost = ((angle[:, :1] * theta.bfloat16().double()).cos() - cos).abs().max().item()
     check(lost > 1, "theta cast to bf16: cos is lost by position 8192", f"off by {lost:.1f} (> 1)")
     got = apply_rope(q.bfloat16(), *rope_table(T, D))

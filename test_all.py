@@ -2652,6 +2652,66 @@ def test_ddp_zero_and_tp_refuse_experts_whose_replicas_they_do_not_know(ranks):
     ranks.run(_unmarked_experts, 2)
 
 
+def _marked_on_one_rank(wrap):
+    layer = nn.Linear(3, 3)
+    if dist.get_rank() == 0:
+        layer.weight.replicas = dist.group.WORLD
+    with pytest.raises(ValueError, match="ranks 0 and 1 differ in .*weight"):
+        wrap(layer)
+
+
+def _zero_1(net):
+    return zero.Zero(net, 1, torch.optim.SGD, lr=1.0)
+
+
+def test_ddp_and_zero_refuse_replicas_that_only_one_rank_knows(ranks):
+    """Instead of waiting for each other in different groups."""
+    for wrap in ddp.DDP, _zero_1:
+        ranks.run(_marked_on_one_rank, 2, wrap)
+
+
+def _weights_stay_where_they_are():
+    for stage in (1, 2):
+        model = zero.Zero(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), stage, torch.optim.SGD,
+                          lr=0.1)
+        before = [unit.full.data_ptr() for unit in model.units]
+        start = model.units[0].full.clone()
+        for _ in range(2):
+            model(torch.ones(4, 8)).square().sum().backward()
+            model.step()
+        assert [unit.full.data_ptr() for unit in model.units] == before
+        model(torch.ones(4, 8))
+        assert not torch.equal(model.units[0].full, start)
+
+
+def test_zero_stages_1_and_2_gather_the_weights_in_place(ranks):
+    ranks.run(_weights_stay_where_they_are, 2)
+
+
+def _evaluates_alone():
+    torch.manual_seed(0)
+    layer = moe.MoE(8, 8, 4, 2, balance="aux", data_group=dist.group.WORLD).eval()
+    if dist.get_rank() == 0:
+        assert layer(torch.randn(5, 8))[0].isfinite().all()
+
+
+def test_moe_a_rank_may_evaluate_alone(ranks):
+    ranks.run(_evaluates_alone, 2)
+
+
+def test_moe_the_bias_keeps_its_digits_in_16_bits():
+    layer = moe.MoE(8, 8, 4, 2, balance="bias")
+    layer.bias.copy_(torch.tensor([0.3001, -0.2003, 0.1, 0.0]))
+    before = layer.bias.clone()
+    assert torch.equal(layer.bfloat16().bias, before) and layer.down.dtype == torch.bfloat16
+
+
+def test_moe_the_loop_to_compare_with_works_in_bf16():
+    torch.manual_seed(0)
+    layer, x = moe.MoE(16, 16, 4, 2).bfloat16(), torch.randn(9, 16).bfloat16()
+    close(moe.mask_loop(layer, x).float(), layer(x)[0].float(), 0.02)
+
+
 def _zero_in_a_group():
     rank, pair = dist.get_rank(), dist.new_group([1, 2])
     if rank == 0:
@@ -3476,6 +3536,14 @@ def _tp_weights(change=None):
             make()
     with pytest.raises(ValueError, match="this rank is not in the group"):
         m.ColumnParallelLinear(8, 8, group=others)
+    whole, gathers, splits = (m.ColumnParallelLinear(8, 8 * n, group=group, **more) for more in (
+        {}, {"gather_output": True}, {"sequence_parallel": True}))
+    for pair in (whole, splits), (whole, gathers), (gathers, gathers):
+        with pytest.raises(ValueError, match="one group and one sequence_parallel"):
+            m.column_parallel(torch.randn(2, n, 8), *pair)
+    whole(torch.randn(2, 3, 8)).sum().backward()
+    with pytest.raises(ValueError, match="no layer has sequence_parallel"):
+        m.sum_replicated_grads(whole, group)
     layer = m.RowParallelLinear(8 * n, 8, group=group, sequence_parallel=True)
     with pytest.raises(ValueError, match=rf"dimension 1 of .*{4 * n + 1}.* over {n} ranks"):
         layer(torch.randn(2, 4 * n + 1, 8))
@@ -5302,6 +5370,12 @@ def test_checkpoint_memory_is_free_after_backward_and_offloads():
             way(lambda h: (h @ h).tanh().sum(), x * 2).backward()
         assert torch.equal(x.grad, want)
         x.grad = None
+        hidden = x * 2
+        hidden += 0                             # its version is 1, the reloaded copy's 0
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            way(lambda h: (h @ h).tanh().sum(), hidden).backward()
+        assert torch.equal(x.grad, want)
+        x.grad = None
     blocks = [nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(16)]
     peaks = []
     for k in (1, 4, 16):
@@ -6001,7 +6075,11 @@ def test_data_bad_input_is_refused_with_the_fix(tmp_path):
         (lambda: data.Windows(np.zeros(10, np.uint8), 10), "at least 20 or"),
         (
             lambda: data.examples(data.Windows(np.zeros(99, np.uint8), 9), [0], "next"),
-            "causal or mlm",
+            "causal, or, of bytes",
+        ),
+        (
+            lambda: data.examples(data.Windows(np.zeros(99, np.uint16), 9), [0], "mlm"),
+            "tokens of type uint16: pick causal",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -10571,9 +10649,9 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "options": {"model", "pp", "peft", "sft", "resume", "metrics"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics", "options"}}
-LONGEST = {"model": 850, "train": 860, "options": 360, "resume": 425, "metrics": 985, "zero": 630,
-           "checkpoint": 645, "tp": 595, "pp": 800, "amp": 915, "ddp": 320, "moe": 580,
-           "peft": 955, "sft": 350}                         # others: 300
+LONGEST = {"model": 850, "train": 860, "options": 360, "resume": 425, "metrics": 985, "zero": 640,
+           "checkpoint": 650, "tp": 595, "pp": 800, "amp": 920, "ddp": 325, "moe": 585,
+           "peft": 955, "sft": 350, "rope": 306, "flash_triton": 308}      # others: 300
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report

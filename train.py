@@ -157,9 +157,11 @@ class Trainer:
         layout = dict(tp_group=self.tp_group, sequence_parallel=args.sequence_parallel,
                       stages=(mine, n), ep_group=ep_group,
                       data_group=self.dp_group if self.dp > 1 else None)
+        measured = isinstance(args.recompute, float)    # a share of what blocks keep there
+        device = "cpu" if args.zero and not measured else args.device       # from there ZeRO cuts
         self.model = on_all_ranks(lambda: (
             GPT.from_pretrained(args.init, config.seq_len, **layout) if args.init else
-            GPT(config, **layout)).to(args.device))
+            GPT(config, **layout)).to(device))
         for p in self.model.parameters():
             if hasattr(p, "expert_parallel"):
                 p.replicas = replicas
@@ -208,9 +210,8 @@ class Trainer:
                              f"{self.step}: give at least that")
         if args.zero:
             state, [(_, peak)] = self.tensors(), self.optimizers
-            self.model.to(args.device)
             self.zero = Zero(self.model, args.zero, torch.optim.AdamW, self.dp_group, low,
-                             lr=peak, **adamw_settings(args))
+                             device=args.device, lr=peak, **adamw_settings(args))
             self.zero.load_full_state_dict(self.parts(state))
             self.optimizers = [(self.zero.optimizer, peak)]
         self.parallel = self.zero or DDP(self.model, self.dp_group)
@@ -237,7 +238,8 @@ class Trainer:
             say(f"memory backward computes blocks {sorted(self.model.recompute)} again: "
                 f"{args.recompute}")
         if low or args.dtype == "fp8":
-            say(f"dtype  matrix products in {args.dtype}, optimizer and checkpoints in fp32")
+            rest = ", residual stream and frozen weights in 16 bits" if args.zero and low else ""
+            say(f"dtype  matrix products in {args.dtype}{rest}, optimizer and checkpoints in fp32")
 
     def read_data(self):
         """Make the training and validation windows, or pairs -> what identifies the text."""

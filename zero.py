@@ -17,9 +17,13 @@ An all-reduce is a reduce-scatter and an all-gather. ZeRO steps in between, and 
 
 Pure fp32 costs 4 + 4 + 8 bytes: stages 1 and 2 then save at most 2x and 4x, not 4x and 8x.
 
-Cost     the table; stage 3 also holds, whole, the one or two blocks that are computing, and what is
-         in no block, such as embedding and head. Under autocast all blocks' cast weights remain
-         for backward: give compute_dtype instead
+Cost     the table, and while backward sends them three copies of one block's gradients; stage 3
+         also holds, whole, the one or two blocks that are computing, and what is in no block, such
+         as embedding and head. A parameter without gradient, or blocks that run in another order
+         than they stand in the module, hold back those behind them until sync(): all correct, but
+         whole. The reduce-scatter is an all-to-all, summed in float32: between machines of g ranks
+         each it sends up to g times as much as a ring. Under autocast all blocks' cast weights
+         remain for backward: give compute_dtype instead
 Paper    Rajbhandari et al. 2020, ZeRO, sections 5 and 7 (arXiv 1910.02054)
 Run      python zero.py [--nproc N] [--bench]   or   torchrun --nproc-per-node N zero.py [--bench]
 Left out parameter groups, cut frozen parameters, cut activations (ZeRO-R), ranks that run different
@@ -88,7 +92,7 @@ class Unit:
     grad    (size,)    this rank's part of the mean gradient, None before there is one
     In stage 0 a rank's part is all: (N size,)."""
 
-    def __init__(self, params, stage, group, compute_dtype, offload):
+    def __init__(self, params, stage, group, compute_dtype, offload, device):
         self.params, self.stage, self.group = params, stage, group
         self.world, rank = dist.get_world_size(group), dist.get_rank(group)
         self.count = sum(p.numel() for p in params)
@@ -97,13 +101,13 @@ class Unit:
         exact = self.lay_out([p.detach() for p in params])
         if compute_dtype is not None:
             exact = exact.to(torch.promote_types(exact.dtype, torch.float32))
-        self.full = exact.to(compute_dtype or exact.dtype)
+        self.full = exact.to(device, compute_dtype or exact.dtype)
         for p, view in zip(params, self.views(self.full)):
             p.data = view
         self.shard = self.full[self.kept].clone() if stage == 3 else self.full[self.kept]
         master = self.shard
         if self.full.dtype != exact.dtype or offload:
-            master = exact[self.kept].to("cpu" if offload else exact.device, copy=True)
+            master = exact[self.kept].to("cpu" if offload else device, copy=True)
         self.master, self.grad = nn.Parameter(master), None
         self.ready, self.gathering, self.sending = set(), None, None
         self.free()
@@ -122,7 +126,8 @@ class Unit:
         if self.stage == 3 and memory.size() > 0:
             return                              # it is there, or on its way
         if self.stage > 0:
-            memory.resize_(self.full.nbytes)
+            if memory.size() == 0:              # else it would be copied to a new place
+                memory.resize_(self.full.nbytes)
             self.gathering = all_gather(self.full, self.shard, group=self.group, async_op=True)
 
     def wait(self):
@@ -192,8 +197,10 @@ class Zero(nn.Module):
     """A step: loss.backward(); model.clip_grad_norm_(1.0); model.step(); model.zero_grad()
 
     The gradients are means over the ranks of `group` (None: all), which use the same parameters.
-    compute_dtype: of weights, gradients and floating inputs (None: as they are). offload: what the
-    optimizer needs lives on the CPU, and is stepped there. A missing gradient counts as 0. Frozen
+    compute_dtype: of weights, gradients and floating inputs (None: as they are). device: where it
+    computes (None: where the module is); from a module on the CPU each rank brings there what it
+    keeps, block by block. offload: what the optimizer needs lives on the CPU, and is stepped
+    there. A missing gradient counts as 0. Frozen
     parameters stay whole, in compute_dtype. Learning rates: .optimizer.param_groups. Weights:
     .full_state_dict(). Every rank runs a backward, if only of 0 * output. A parameter with an
     attribute `replicas`, some ranks of the group, is shared by those alone: the others hold other
@@ -201,7 +208,7 @@ class Zero(nn.Module):
     find."""
 
     def __init__(self, module, stage, optimizer_cls, group=None, compute_dtype=None, offload=False,
-                 **optimizer_kwargs):
+                 device=None, **optimizer_kwargs):
         super().__init__()
         if dist.get_rank(group) < 0:
             raise ValueError("this rank is in no group that would train it: give it one it is in")
@@ -209,6 +216,7 @@ class Zero(nn.Module):
         refuse(problem, module, stage, group)
         self.module, self.stage, self.group, self.dtype = module, stage, group, compute_dtype
         blocks, owner, units = blocks_of(module), {}, {}
+        device = torch.device(device or next(iter(module.parameters())).device)
         for name, p in module.named_parameters(remove_duplicate=False):
             block = next((b for b in blocks if name.startswith(f"{b}.")), "")
             owner[p] = block if owner.get(p, block) == block else ""    # "": in no block, or in two
@@ -216,7 +224,7 @@ class Zero(nn.Module):
         self.trained = {p for p in owner if p.requires_grad}
         for p in owner:
             if p not in self.trained and p.is_floating_point():
-                p.data = p.data.to(compute_dtype or p.dtype)
+                p.data = p.data.to(device, compute_dtype or p.dtype)
         for block in [*blocks, ""]:
             alike = {}                          # by the ranks that hold the same, see refuse()
             for p in owner:
@@ -224,7 +232,8 @@ class Zero(nn.Module):
                     alike.setdefault(getattr(p, "replicas", group), []).append(p)
             for ranks, params in alike.items():
                 cut = stage if dist.get_world_size(ranks) > 1 else 0    # else nothing is to cut
-                units[block, ranks] = Unit(params, cut, ranks, compute_dtype, offload)
+                units[block, ranks] = Unit(params, cut, ranks, compute_dtype, offload, device)
+        module.to(device)                       # buffers
         self.units = list(units.values())
         in_blocks = [unit for (block, _), unit in units.items() if block]
         self.order = in_blocks[::-1] + self.units[len(in_blocks):]      # about that of backward
@@ -367,8 +376,9 @@ class Zero(nn.Module):
     @torch.no_grad()
     def load_full_state_dict(self, state):
         """Take what full_state_dict() gave, in any stage and on any number of ranks; without
-        "optimizer." entries: the weights. ValueError, before anything changes: a name or a shape
-        that is not this model's. The optimizer must be of the class that it was."""
+        "optimizer." entries: the weights. All ranks call it, with the same. ValueError, before
+        anything changes: a name or a shape that is not this model's. The optimizer must be of the
+        class that it was."""
         keys = {name.rpartition(".")[2] for name in state if name.startswith("optimizer.")}
         keys = sorted(keys)                     # one order on all ranks
         wanted = {name: t.shape for name, t in self.untrained().items()}
@@ -425,7 +435,8 @@ def refuse(problem, module, stage, group):
     facts, weights = [f"{stage=}"], {group: []}
     for name, p in module.named_parameters():
         crc32 = zlib.crc32(p.detach().cpu().flatten().view(torch.uint8).numpy())
-        facts.append(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad=}")
+        shared = hasattr(p, "replicas")         # else the ranks would not meet in the next rounds
+        facts.append(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad=} {shared=}")
         weights.setdefault(getattr(p, "replicas", group), []).append(f"{name} {crc32=}")
     rounds = [(group, facts), *weights.items(), (group, [])]    # the last tells all what one found
     for ranks, mine in rounds:
@@ -437,6 +448,8 @@ def refuse(problem, module, stage, group):
                 theirs = theirs or f"ranks 0 and {rank} differ in {both}: build one model, " \
                                    f"from one seed"
             problem = problem or theirs
+        if problem and mine is facts:           # all of the group have seen the same
+            break
     if problem:
         raise ValueError(problem)
 
@@ -476,7 +489,7 @@ def held(model):
 
 def account(stage, compute_dtype):
     """Per parameter: bytes of weights, gradients, optimizer state between two microbatches; the
-    most at any moment of a backward; values sent in a step of one microbatch."""
+    most when a gradient of a backward is complete; values sent in a step of one microbatch."""
     n, psi, peaks, sent = dist.get_world_size(), 8 * 127 * 128, [], []
     model = Zero(nn.Sequential(*(nn.Linear(127, 127) for _ in range(8))), stage, torch.optim.AdamW,
                  compute_dtype=compute_dtype)
@@ -525,8 +538,8 @@ def demo():
                 model.step()
                 model.zero_grad()
         states = [model.full_state_dict() for model in models]
-        error = max((state[f"model.{name}"] - p).abs().max().item()
-                    for state in states for name, p in whole.named_parameters())
+        error = torch.stack([(state[f"model.{name}"] - p).abs().max() for state in states
+                             for name, p in whole.named_parameters()]).max().item()
         check(error <= 1e-12, f"stages 0-3: 3 clipped {optimizer_cls.__name__} steps = one process",
               f"{error:.1e} (<= 1e-12)")
     again = Zero(net(), 1, torch.optim.AdamW, lr=0.1)
