@@ -380,7 +380,7 @@ def demo():
     tensors = [x, *alone.parameters()]
     pairs = zip(torch.autograd.grad((y * probe).sum(), tensors),
                 torch.autograd.grad((wanted * probe).sum(), tensors))
-    error = max((a - b).abs().max().item() for a, b in [(y, wanted), *pairs])
+    error = torch.stack([(a - b).abs().max() for a, b in [(y, wanted), *pairs]]).max().item()
     check(error <= 1e-12, "sorted matmuls = a loop over tokens, all gradients",
           f"{error:.1e} (<= 1e-12), loads {aux['load'].tolist()}")
 

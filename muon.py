@@ -150,7 +150,7 @@ def movement(cls, gradients, **settings):
 
 
 def difference(xs, ys):                        # |x - y| / |y|, the largest of the pairs
-    return max(((x - y).norm() / y.norm()).item() for x, y in zip(xs, ys))
+    return torch.stack([(x - y).norm() / y.norm() for x, y in zip(xs, ys)]).max().item()
 
 
 def demo_math():
