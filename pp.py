@@ -666,14 +666,14 @@ def demo():
             logs.append(measured(pipeline))
             log = min(logs, key=lambda log: log.makespan)           # the least disturbed
             expected = calibrated(log, ops).bubble
-            close = abs(log.bubble - expected) <= max(0.1 * expected, 0.01)
+            close = abs(log.bubble - expected) <= max(0.1 * expected, 0.02)    # and messages
         ideal, (idle, alive) = simulate(ops, 1 / v, 1 / v, 1 / v), formula(name, p, m, v)
         check(abs(ideal.bubble - idle) < 1e-12, f"{name}: idle share, simulated = formula",
               f"{ideal.bubble:.3f} = {idle:.3f}")
         check(ideal.peak_live == pipeline._gather(pipeline.peak_live) == alive,
               "    alive: simulated = run = formula", alive)
         check(close, f"    idle, shortest of {len(logs)} runs = simulated with its median times",
-              f"{log.bubble:.3f} = {expected:.3f} (10 % or 0.01)")
+              f"{log.bubble:.3f} = {expected:.3f} (10 % or 0.02)")
         panels[name] = ideal, log
     if dist.get_rank() > 0:
         return
