@@ -515,8 +515,7 @@ def demo_choice():
     one, most = saved_bytes(blocks[0], x.requires_grad_()), {}
     for k in (1, 2, 4, 8, 16):                              # k inputs; one segment at a time
         most[k] = (k - 1) * x.nbytes + 16 // k * one
-    print(f"\n16 blocks, each keeps {one / x.nbytes:.1f} x its input, in k segments: MB at most, "
-          f"by that")
+    print(f"\n16 blocks, each keeps {one / x.nbytes:.1f} x its input; so in k segments MB at most")
     print("    ", ",  ".join(f"k = {k}: {size / 1e6:.2f}" for k, size in most.items()))
 
 

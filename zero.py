@@ -199,13 +199,12 @@ class Zero(nn.Module):
     The gradients are means over the ranks of `group` (None: all), which use the same parameters.
     compute_dtype: of weights, gradients and floating inputs (None: as they are). device: where it
     computes (None: where the module is); from a module on the CPU each rank brings there what it
-    keeps, block by block. offload: what the optimizer needs lives on the CPU, and is stepped
-    there. A missing gradient counts as 0. Frozen
-    parameters stay whole, in compute_dtype. Learning rates: .optimizer.param_groups. Weights:
-    .full_state_dict(). Every rank runs a backward, if only of 0 * output. A parameter with an
-    attribute `replicas`, some ranks of the group, is shared by those alone: the others hold other
-    experts (moe.py), and say so of theirs. ValueError, on all ranks: what problem_of() and refuse()
-    find."""
+    keeps, block by block. offload: what the optimizer needs lives on the CPU, and is stepped there.
+    A missing gradient counts as 0. Frozen parameters stay whole, in compute_dtype. Learning rates:
+    .optimizer.param_groups. Weights: .full_state_dict(). Every rank runs a backward, if only of
+    0 * output. A parameter with an attribute `replicas`, some ranks of the group, is shared by
+    those alone: the others hold other experts (moe.py), and say so of theirs. ValueError, on all
+    ranks: what problem_of() and refuse() find."""
 
     def __init__(self, module, stage, optimizer_cls, group=None, compute_dtype=None, offload=False,
                  device=None, **optimizer_kwargs):
