@@ -444,8 +444,8 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
         weights, gradients, optimizer = (
             sum(part * size / (n if zero >= stage else 1) for part, n in zip(mine, replicas))
             for size, stage in zip(kinds, (3, 2, 1)))
-        if zero == 3:                           # a block is there whole while it works
-            weights += kinds[0] * sum(block)
+        if zero == 3:                           # there whole: a block at work, the next one, ends
+            weights += kinds[0] * (2 * sum(block) + shape.vocab * C / tp * (first + last))
 
         alive = (pp * chunks + pp - 1 - 2 * rank) / chunks if chunks > 1 else pp - rank
         of_products, of_norms = shape.activations(tp, sequence_parallel)
