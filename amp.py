@@ -786,7 +786,7 @@ def demo_float8():
           f"{tensor:.2f}, {row:.2f}")
 
 
-def bound(a, b, a_dtype, scaling):
+def bound(a, b, a_dtype, scaling="dynamic"):
     """Of |a8 b8 - a b|, elementwise: |a b8 - ..| <= (|a| + e_a)(|b| + e_b) - |a||b|, summed."""
     (a, e_a), (b, e_b) = ((t.double().abs(), half_step(t.double().abs(), dtype, scaling, along))
                           for t, dtype, along in ((a, a_dtype, 1), (b, E4M3, 0)))

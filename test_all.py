@@ -2983,7 +2983,7 @@ def check_moe_in_bf16(moe):
 
 def test_moe_in_bf16_keeps_small_steps_small_noise_and_its_limit():
     check_moe_in_bf16(moe)
-    for line, broken in (("if self.bias is not None:               # also", "if False:  # also"),
+    for line, broken in (("if bias is not None:                    # also", "if False:  # also"),
                          ("x = x.to(exact)\n", "pass\n"), (" - 1e-9)", ")")):
         assert_caught(check_moe_in_bf16, mutant("moe", line, broken))
 
@@ -4153,7 +4153,11 @@ def _pp_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             pipeline.step(x, y)
         grads.append([w.grad for w in pipeline.parameters()])
+    assert sum(grad is not None for grad in grads[0]) > 10              # some are not used
     for a, b in zip(*grads, strict=True):
+        if a is None or b is None:
+            assert a is b, "max error: a gradient is missing"
+            continue
         assert a.dtype == torch.float32
         close(a, b, 1e-2 * b.abs().max().item(), "bf16")
 
