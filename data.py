@@ -159,6 +159,7 @@ def demo():
     missed = int((times == 0).sum())
     check(times.max() == 1 and missed < 2 * T, "an epoch reads no target twice and misses < 2 T",
           f"at most {times.max()} time, {missed} of {len(small)} bytes missed (< {2 * T})")
+
     def read(windows, epoch):
         return [windows[epoch * windows.count + i].tolist() for i in range(windows.count)]
 

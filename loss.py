@@ -173,8 +173,6 @@ def demo_fp16():
     lost = [(part.half() == 0).double().mean().item() for part in (dz / 16384, dz)]
     check(lost[0] > 0.9 and lost[1] < 0.01, "entries of dz that fp16 takes for 0: with 1 / 16384, "
           "without", f"{lost[0]:.0%}, {lost[1]:.1%}")
-
-
     x, weight, targets = inputs(16384, 16, 512)
     grads = []
     for low in (False, True):                   # as with a loss scale; the products in fp16
