@@ -604,15 +604,41 @@ class Slow(Pipeline):
     """Each op also sleeps, in place of work that p processors would do: two cores cannot do it at
     once. Processes, messages and waiting are real."""
 
+    seconds = 0.03
+
     def _compute(self, op, stage, arrived, backward):
         whole = op.kind == "B" and op[1:] not in self.split
-        time.sleep(0.016 / self.v * (2 if whole else 1))
+        time.sleep(self.seconds / self.v * (2 if whole else 1))
         return super()._compute(op, stage, arrived, backward)
 
 
 def measured(pipeline):
     """-> the Timeline of its last pass on all ranks, whose clock is one machine's."""
     return Timeline(pipeline._gather(pipeline.log))
+
+
+def rehearse(name, seconds, inputs, targets):
+    """-> the shortest of several passes, their number, the idle share simulated with its times,
+    the most microbatches alive on each rank.
+    """
+    p, m, v = dist.get_world_size(), len(inputs), chunks_of(name)
+    ops = schedule(name, p, m, v)
+    pipeline, logs = Slow(stages_of(gpt(11, 8, 2, 6), v), ops, mean_loss), []
+    pipeline.seconds = seconds
+    pipeline.evaluate(inputs, targets)                      # the first messages open connections
+    least, near = (1 if name == "naive" else 3), False
+    while len(logs) < least or not near and len(logs) < 6:  # other work disturbs some passes
+        pipeline.step(inputs, targets)
+        logs.append(measured(pipeline))
+        log = min(logs, key=lambda log: log.makespan)
+        expected = calibrated(log, ops).bubble
+        near = close(log.bubble, expected)
+    return log, len(logs), expected, pipeline._gather(pipeline.peak_live)
+
+
+def close(idle, expected):
+    """Messages take time, too, which no simulation of the ops alone knows."""
+    return abs(idle - expected) <= max(0.1 * expected, 0.02)
 
 
 def calibrated(log, schedule):
@@ -655,24 +681,19 @@ def demo():
     if dist.get_rank() == 0:
         print(f"\n{p} ranks, {m} microbatches, ops that sleep: idle share of the ranks' time, and "
               f"most microbatches\nalive on each rank (each chunk counts)\n")
-    for name in NAMES:
+    for seconds in (0.03, 0.12):            # longer ops where a busy machine delays the messages
+        runs = {name: rehearse(name, seconds, inputs[:m], targets[:m]) for name in NAMES}
+        if all(close(log.bubble, expected) for log, _, expected, _ in runs.values()):
+            break
+    for name, (log, tries, expected, peak) in runs.items():
         v = chunks_of(name)
-        ops = schedule(name, p, m, v)
-        pipeline, logs = Slow(stages_of(gpt(V, C, 2, 6), v), ops, mean_loss), []
-        pipeline.evaluate(inputs[:m], targets[:m])          # the first messages open connections
-        least, close = (1 if name == "naive" else 3), False
-        while len(logs) < least or not close and len(logs) < 12:    # other work disturbs some runs
-            pipeline.step(inputs[:m], targets[:m])
-            logs.append(measured(pipeline))
-            log = min(logs, key=lambda log: log.makespan)           # the least disturbed
-            expected = calibrated(log, ops).bubble
-            close = abs(log.bubble - expected) <= max(0.1 * expected, 0.02)    # and messages
-        ideal, (idle, alive) = simulate(ops, 1 / v, 1 / v, 1 / v), formula(name, p, m, v)
+        ideal = simulate(schedule(name, p, m, v), 1 / v, 1 / v, 1 / v)
+        idle, alive = formula(name, p, m, v)
         check(abs(ideal.bubble - idle) < 1e-12, f"{name}: idle share, simulated = formula",
               f"{ideal.bubble:.3f} = {idle:.3f}")
-        check(ideal.peak_live == pipeline._gather(pipeline.peak_live) == alive,
-              "    alive: simulated = run = formula", alive)
-        check(close, f"    idle, shortest of {len(logs)} runs = simulated with its median times",
+        check(ideal.peak_live == peak == alive, "    alive: simulated = run = formula", alive)
+        check(close(log.bubble, expected),
+              f"    idle, shortest of {tries} runs = simulated with its median times",
               f"{log.bubble:.3f} = {expected:.3f} (10 % or 0.02)")
         panels[name] = ideal, log
     if dist.get_rank() > 0:

@@ -10655,7 +10655,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics", "options"}}
 LONGEST = {"model": 850, "train": 860, "options": 360, "resume": 425, "metrics": 985, "zero": 640,
-           "checkpoint": 650, "tp": 595, "pp": 800, "amp": 920, "ddp": 325, "moe": 585,
+           "checkpoint": 650, "tp": 595, "pp": 820, "amp": 920, "ddp": 325, "moe": 585,
            "peft": 955, "sft": 350, "rope": 306, "flash_triton": 308}      # others: 300
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
