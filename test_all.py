@@ -25,6 +25,7 @@ import multiprocessing.connection
 import os
 import pathlib
 import pickle
+import platform
 import re
 import runpy
 import shutil
@@ -9340,6 +9341,39 @@ train.main(argv)
 '''
 
 
+COUNT_FAULTS = """
+import resource, sys
+import torch
+import train
+
+def faults():
+    x = torch.ones(16_000_000)          # 64 MB: more than glibc would ever keep
+    for i in range(20):
+        if i == 10:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        x * 2
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def trainer(args):
+    print("faults", plain, faults())
+    train.leave(0)
+
+plain = faults()
+train.Trainer = trainer
+train.main(["--out", sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told")
+def test_train_keeps_freed_memory_and_so_pays_for_its_pages_once(tmp_path):
+    run = subprocess.run([sys.executable, "-c", COUNT_FAULTS, tmp_path], cwd=HERE,
+                         capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    plain, kept = map(int, re.search(r"faults (\d+) (\d+)", run.stdout).groups())
+    pages = 10 * 64_000_000 // os.sysconf("SC_PAGE_SIZE")
+    assert plain > 0.9 * pages and kept < 0.01 * pages, (plain, kept, pages)
+
+
 def processes_of(folder):
     """Command lines of running processes that name this folder."""
     lines = []
@@ -10654,7 +10688,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "options": {"model", "pp", "peft", "sft", "resume", "metrics"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics", "options"}}
-LONGEST = {"model": 850, "train": 860, "options": 360, "resume": 425, "metrics": 985, "zero": 640,
+LONGEST = {"model": 850, "train": 870, "options": 360, "resume": 425, "metrics": 985, "zero": 640,
            "checkpoint": 650, "tp": 595, "pp": 820, "amp": 920, "ddp": 325, "moe": 585,
            "peft": 955, "sft": 350, "rope": 306, "flash_triton": 308}      # others: 300
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}

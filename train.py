@@ -26,6 +26,7 @@ from the last checkpoint.
 
 import atexit
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -793,6 +794,8 @@ def main(argv):
         args = parse(argv)
         if args.plan:
             return print_plan(args)
+        if args.device == "cpu":
+            keep_memory()
         if dist.is_torchelastic_launched():
             # gloo, and nccl where there is CUDA
             dist.init_process_group(timeout=datetime.timedelta(seconds=args.timeout))
@@ -832,6 +835,15 @@ def main(argv):
         leave(1)
     dist.destroy_process_group()
     leave(0)
+
+
+def keep_memory():
+    """Let freed memory stay with the process. glibc gives megabytes back to the system at once, and
+    the next tensor pays a page fault for every 4 KB: about 10 % of a run on a CPU."""
+    with contextlib.suppress(AttributeError):           # macOS and musl do not have it
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)                                 # M_TRIM_THRESHOLD: never
+        mallopt(-4, 0)                                  # M_MMAP_MAX: no block of its own
 
 
 def end_group():
