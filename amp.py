@@ -523,7 +523,9 @@ def convert_to_float8(model, skip=(), scaling="dynamic"):
     layers = {m: name for name, m in reversed(modules)
               if isinstance(m, nn.Linear) and m not in skipped}
     for m, name in layers.items():
-        if type(m) not in (nn.Linear, Float8Linear) and not hasattr(m, "product"):
+        own = getattr(m, "product", F.linear)               # an adapter's, of peft.py: lost
+        if "forward" in vars(m) or own is not F.linear and not isinstance(own, Float8) or (
+                type(m) not in (nn.Linear, Float8Linear) and not hasattr(m, "product")):
             raise ValueError(f"{name} is a {type(m).__name__}, which multiplies in its own way: "
                              f"skip=({name!r},)")
         if any(size % 16 for size in m.weight.shape):

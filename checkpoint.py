@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 # The operations whose outputs selective_checkpoint() keeps: those that cost most FLOPs per byte.
-EXPENSIVE = frozenset("""mm addmm bmm baddbmm _scaled_mm _grouped_mm convolution flash_forward
+EXPENSIVE = frozenset("""linear mm addmm bmm baddbmm convolution _scaled_mm _grouped_mm flash_forward
     _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split())
 
@@ -80,7 +80,7 @@ class Saved:
         return tree_unflatten(leaves, self.spec)
 
 
-class Enough(BaseException):
+class Enough(Exception):
     """Stops the second run: all that backward will ask for is there."""
 
 
@@ -90,8 +90,8 @@ class Outputs(TorchDispatchMode):
 
     def __init__(self, names, devices, kept=None):
         super().__init__()
-        self.names, self.devices, self.reused = names, devices, kept and iter(kept)
-        self.kept = []
+        self.names, self.devices, self.kept = names, devices, []
+        self.reused = None if kept is None else iter(kept)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split("::")[1].split(".")[0]

@@ -36,7 +36,7 @@ def _rank(rank, fn, n, path, args):
         if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
             if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         else:                                   # they meet in a file: no port to collide with
             torch.set_num_threads(1)            # n processes share the cores
             dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)

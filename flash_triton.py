@@ -17,6 +17,7 @@ Left out warp specialisation (FlashAttention-3), FP8, dropout, windows, second d
 """
 
 import argparse
+import itertools
 import math
 import os
 import pathlib
@@ -266,12 +267,14 @@ def check(ok, claim, measured):
 def numbers(device="cpu", dtype=torch.float32, limit=1e-5):
     """The kernels against dense attention in float64: on a GPU, or in Triton's interpreter."""
     torch.manual_seed(0)
-    for claim, causal, Tq, Tk in (("6 query heads on 2 key heads", True, 100, 100),
-                                  ("37 queries after 63 cached keys", True, 37, 100),
-                                  ("100 queries on 37 keys: 63 rows are 0", True, 100, 37),
-                                  ("every query sees every key", False, 37, 100)):
-        q, do = torch.randn(2, 2, 6, Tq, 32, device=device).to(dtype)
-        k, v = torch.randn(2, 2, 2, Tk, 32, device=device).to(dtype)
+    few, many, widths = (370, 1000, TILES) if device == "cuda" else (37, 100, (32,))    # many tiles
+    for D, (claim, causal, Tq, Tk) in itertools.product(widths, (
+            ("6 query heads on 2 key heads", True, many, many),
+            (f"{few} queries after {many - few} cached keys", True, few, many),
+            (f"{many} queries, {few} keys: {many - few} rows are 0", True, many, few),
+            ("every query sees every key", False, few, many))):
+        q, do = torch.randn(2, 2, 6, Tq, D, device=device).to(dtype)
+        k, v = torch.randn(2, 2, 2, Tk, D, device=device).to(dtype)
         seen = torch.ones(Tq, Tk, dtype=torch.bool, device=device)
         seen, results = seen.tril(Tk - Tq) if causal else seen, []
         dense = lambda *qkv: F.scaled_dot_product_attention(*qkv, seen, enable_gqa=True)
@@ -281,7 +284,8 @@ def numbers(device="cpu", dtype=torch.float32, limit=1e-5):
             o = attend(*qkv)
             results.append([o.detach(), *torch.autograd.grad(o, qkv, do.to(kind))])
         error = torch.stack([(a - b).norm() / b.norm() for a, b in zip(*results)]).max()
-        check(error <= limit, f"o, dq, dk, dv = dense: {claim}", f"{error:.0e} (<= {limit:.0e})")
+        check(error <= limit, f"o, dq, dk, dv = dense, D={D}: {claim}",
+              f"{error:.0e} (<= {limit:.0e})")
 
 
 def demo():

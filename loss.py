@@ -13,6 +13,7 @@ before the next begins: forward makes the gradients, too, and backward multiplie
 
 The factor 1 / N of a mean waits for backward. dz / N is about 1e-9 for most of 50304 entries, which
 fp16 holds as 0; and a loss scale, which is there to prevent that, also comes from above the loss.
+(In fp16 a chunk's dz' x is a sum over its tokens, and must stay below 65504: chunks of thousands.)
 
 Cost     FLOPs: those of logits, 6 N V C with the backward. Memory: dx (N C) and dW (V C, in fp32),
          twice in backward (of 16 bits up to five times), and three times a chunk's logits in fp32,

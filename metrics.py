@@ -62,7 +62,7 @@ def _rank(rank, fn, n, path, args):
         if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
             if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         else:                                   # they meet in a file: no port to collide with
             torch.set_num_threads(1)            # n processes share the cores
             dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)
@@ -444,7 +444,7 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
         weights, gradients, optimizer = (
             sum(part * size / (n if zero >= stage else 1) for part, n in zip(mine, replicas))
             for size, stage in zip(kinds, (3, 2, 1)))
-        if zero == 3:                           # there whole: a block at work, the next one, ends
+        if zero == 3 and dp > 1:                # there whole: a block at work, the next one, ends
             weights += kinds[0] * (2 * sum(block) + shape.vocab * C / tp * (first + last))
 
         alive = (pp * chunks + pp - 1 - 2 * rank) / chunks if chunks > 1 else pp - rank
@@ -473,7 +473,8 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
         busy = (computing + by_tp / (near if tp <= 8 else far)
                 + by_ep / (near if tp * ep <= 8 else far)
                 + by_pp / (near if dp * tp * pp <= 8 else far))
-        hidden = computing * {2: 2 / 3, 3: 1}.get(zero, 2 / 3 / m)
+        backward = 3 / 4 if recompute else 2 / 3            # of computing, with forward again
+        hidden = computing * {2: backward, 3: 1}.get(zero, backward / m)
         exposed = max(0, by_dp / (near if dp * tp <= 8 else far) - hidden)
         update = sum(part / (n if zero else 1) for part, n in zip(mine, replicas)) / speed * (
             kinds[0] + kinds[1] + 2 * kinds[2])             # gradient and state read, rest written
@@ -499,8 +500,8 @@ def layouts(shape, chip, gpus, batch, room=0.9, kinds=(2, 2, 12)):
     for tp, pp, ep, microbatch, chunks, recompute, zero in itertools.product(
             (1, 2, 4, 8), range(1, shape.layers + 1), spread, (1, 2, 4, 8), (1, 2, 4, 8),
             (False, True), (1, 2, 3)):
-        if gpus % (tp * pp) or pp > 1 and zero > 1 or pp == 1 and chunks > 1:
-            continue                            # ZeRO-2 and 3 would send in every microbatch
+        if gpus % (tp * pp) or zero > 1 and (pp > 1 or gpus == tp) or pp == 1 and chunks > 1:
+            continue        # ZeRO-2 and 3 would send in every microbatch; alone they are stage 1
         layout = dict(dp=gpus // (tp * pp), tp=tp, pp=pp, ep=ep, zero=zero, microbatch=microbatch,
                       chunks=chunks, recompute=recompute)
         with contextlib.suppress(ValueError):
@@ -534,11 +535,11 @@ class Meter:
             os.replace(beside, path)
 
     @contextlib.contextmanager
-    def timing(self):
+    def timing(self, steps=1):
         before = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - before
-        self.count += 1
+        self.count += steps
 
     def log(self, step, **values):
         """Write `values`, the tokens up to here, and, as means of the steps timed since the last

@@ -210,7 +210,7 @@ class Attention(nn.Module):
         if bias is None:
             out = flash_attention(q, k, v, causal=self.causal)
         else:                                               # only SDPA takes a bias
-            bias = bias.to(q.dtype)
+            bias = bias.to(q.dtype)[None]                   # of 4 dimensions: a CPU's fused kernel
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
         return self.o(out.transpose(1, 2).flatten(2))       # (B, H, T, D) -> (B, T, C)
 
@@ -501,6 +501,11 @@ class GPT(nn.Module):
         theirs = json.loads((folder / "config.json").read_text())
         model = cls(config_of(theirs, seq_len), **options)
         where = find_tensors(folder)
+        names = "model.embed_tokens.weight", "lm_head.weight"
+        if model.config.tied and all(name in where for name in names) and not torch.equal(
+                *(where[name].get_tensor(name) for name in names)):
+            raise ValueError(f"{folder}: config.json says that {names[1]} is {names[0]}, but they "
+                             f"differ: set tie_word_embeddings to false there")
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if model.config.tied and name == "head.weight":             # of a last stage
@@ -709,7 +714,7 @@ def config_of(theirs, seq_len=None):
                          "model's folder before quantization")
     theirs = THEIR_DEFAULTS | SOME_DEFAULTS.get(kind, {}) | theirs
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
-    slides = theirs.get("use_sliding_window", kind != "qwen3")
+    slides = kind != "qwen3" or theirs.get("use_sliding_window", False)
     length, window = theirs["max_position_embeddings"], slides and theirs.get("sliding_window")
     limit = min(length, window or math.inf)
     for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
@@ -723,6 +728,8 @@ def config_of(theirs, seq_len=None):
         rope = {**rope, trained: length}
     elif how in ("yarn", "llama3"):
         rope = {**rope, trained: theirs.get(trained) or rope.get(trained) or length}
+    if kind == "mixtral" and theirs["num_experts_per_tok"] == 1:
+        raise ValueError("num_experts_per_tok=1: their expert counts fully, ours by its score")
     experts = dict(experts=theirs["num_local_experts"], top_k=theirs["num_experts_per_tok"],
                    expert_hidden=theirs["intermediate_size"],
                    balance="aux") if kind == "mixtral" else {}
@@ -764,6 +771,8 @@ def theirs_of(config):
         "rms_norm_eps": config.norm_eps, "hidden_act": "silu", "attention_bias": False,
         "tie_word_embeddings": config.tied, "bos_token_id": None, "eos_token_id": None,
         "rope_theta": rope["rope_theta"], "rope_parameters": rope}
+    if how != "default":
+        theirs["rope_scaling"] = rope                       # the name before transformers 5
     if config.experts:
         theirs |= {"num_local_experts": config.experts, "num_experts_per_tok": config.top_k,
                    "sliding_window": None}
@@ -780,8 +789,15 @@ def safetensors_torch():
 
 
 def find_tensors(folder):
-    """-> {their name: an open file}: of one or many; no tensor is read yet."""
+    """-> {their name: an open file}: of one, or of many, which an index names; no tensor is read
+    yet."""
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors"))
+    if one in files:
+        files = [one]
+    elif files and index.is_file():     # beside its files may lie others, of an earlier download
+        named = json.loads(index.read_text())["weight_map"].values()
+        files = sorted({folder / name for name in named})
     if not files:
         raise ValueError(f"{folder} has no *.safetensors: old *.bin files may run code, convert "
                          f"them (save_pretrained of transformers does)")

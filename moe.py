@@ -53,7 +53,7 @@ def _rank(rank, fn, n, path, args):
         if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
             if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         else:                                   # they meet in a file: no port to collide with
             torch.set_num_threads(1)            # n processes share the cores
             dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)
@@ -86,14 +86,15 @@ class Sort(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, order, inverse, k, back):
-        ctx.arguments = order, inverse, k, not back
+        ctx.save_for_backward(order, inverse)
+        ctx.k, ctx.back = k, not back
         if back:                                # under autocast a sum is float32
             return x[inverse].view(len(x) // k, k, x.shape[1]).sum(1).to(x.dtype)
         return x[order // k]
 
     @staticmethod
     def backward(ctx, dy):
-        return Sort.apply(dy, *ctx.arguments), None, None, None, None
+        return Sort.apply(dy, *ctx.saved_tensors, ctx.k, ctx.back), None, None, None, None
 
 
 class Exchange(torch.autograd.Function):

@@ -20,8 +20,8 @@ import torch
 import peft
 import resume
 from metrics import CHIPS, Shape, plan, print_plans
-from model import Config, config_of
-from pp import NAMES
+from model import Config, config_of, stage_blocks
+from pp import NAMES, schedule
 from sft import Bytes, tokenizer_of
 
 EXPERTS = "experts", "top_k", "shared_experts", "expert_hidden", "moe_every", "balance"
@@ -343,6 +343,12 @@ def print_plan(args):
     dp = args.nproc // (args.tp * args.pp)
     if dp * args.tp * args.pp != args.nproc:
         raise ValueError(f"--nproc {args.nproc} is no multiple of --tp {args.tp} x --pp {args.pp}")
+    stage_blocks(config, args.pp * args.chunks)                 # both refuse what the run would
+    schedule(args.schedule, args.pp, microbatches(args, dp), args.chunks)
+    for name, size in {"--vocab-size": config.vocab_size, "--hidden": shape.hidden,
+                       "--seq-len": config.seq_len if args.sequence_parallel else 0}.items():
+        if size % args.tp:
+            raise ValueError(f"{name} {size} is no multiple of --tp {args.tp}")
     low = args.zero and LOW[args.dtype]         # the others keep weights and gradients in fp32
     rows = args.batch_size // (dp * microbatches(args, dp))
     layout = dict(dp=dp, tp=args.tp, pp=args.pp, ep=args.ep, zero=args.zero, chunks=args.chunks,

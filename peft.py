@@ -56,7 +56,9 @@ SUBLAYERS = "attn", "self_attn", "mlp"
 
 def is_linear(layer):
     """Whose product can be changed: others, such as nn.MultiheadAttention's, may bypass forward."""
-    return type(layer) is nn.Linear or type(layer).__name__ == "Conv1D" or hasattr(layer, "product")
+    own = getattr(layer, "product", None)               # tp.py's layers; a module: amp.py's fp8
+    return type(layer) is nn.Linear or type(layer).__name__ == "Conv1D" or (
+        own is not None and not isinstance(own, nn.Module))
 
 
 def matrix(layer):
@@ -409,7 +411,9 @@ def places_of(model, method, targets):
     fits = tests.get(method, lambda name, m: is_linear(m))
     containers = nn.Sequential, nn.ModuleList, nn.ModuleDict       # a child more would run, too
     able = {name: m for name, m in modules.items()
-            if fits(name, m) and not isinstance(m, containers)}
+            if fits(name, m) and not isinstance(m, containers)      # a router's forward never runs
+            and m is not getattr(modules.get(name.rpartition(".")[0]), "router", None)
+            and m is not getattr(modules.get(name.rpartition(".")[0]), "noise", None)}
     if targets is None:
         kept = {"ia3": KEYS_VALUES + DOWNS, "adapter": SUBLAYERS}.get(method)
         found = {name: m for name, m in able.items() if (
@@ -663,7 +667,7 @@ def save_adapter(model, folder, name="default", rename=None):
                      "use_rslora": config.get("rslora", False)}
     else:
         kept = {k: v for k, v in config.items() if k not in ("reparametrize", "encoder", "hidden")}
-        described = {"peft_type": method, "targets": targets, "config": kept}
+        described = {"peft_type": method, "targets": list(built), "config": kept}
     if rank > 0:
         return
     beside = folder.with_name(f".{folder.name}.unfinished")

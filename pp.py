@@ -61,7 +61,7 @@ def _rank(rank, fn, n, path, args):
         if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
             if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         else:                                   # they meet in a file: no port to collide with
             torch.set_num_threads(1)            # n processes share the cores
             dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)
@@ -462,7 +462,7 @@ class Pipeline:
         shapes = self._shapes(inputs, targets)
         self.rows = list(zip(inputs.chunk(self.m), targets.chunk(self.m)))
         self.live, self.pending, self.peak_live, self.log = {}, {}, 0, []
-        self.loss = inputs.new_zeros((), dtype=shapes[-1][1])
+        self.loss = inputs.new_zeros((), dtype=torch.promote_types(shapes[-1][1], torch.float32))
         results, arriving, sending = {}, {}, collections.deque()
         for action in self.actions[backward]:
             if not isinstance(action, Op):

@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 import warnings
 import weakref
 import zlib
@@ -3599,6 +3600,13 @@ def _tp_gathers(change=None):
     reference(full).pow(3).sum().backward()
     want = nn.utils.get_total_norm([p.grad for p in reference.parameters()])
     close(m.grad_norm(model.parameters(), group), want, 1e-11, "norm")
+    for p in model.half().parameters():                         # whose square fp16 does not hold
+        p.grad = torch.full_like(p, 300)
+    elements = 12 * 24 + 24 + 2 * 24
+    close(m.grad_norm(model.parameters(), group), torch.tensor(300.0 * elements**0.5), 5, "fp16")
+    model.double()
+    for p, q in zip(model.parameters(), reference.parameters()):
+        p.grad = m.part_like(p, q.grad, group)
     twice = [*model.parameters(), *model.parameters()]          # tied: named twice, counted once
     close(m.grad_norm(twice, group), want, 1e-11, "norm")
 
@@ -4987,6 +4995,11 @@ def test_amp_convert_to_float8_keeps_parameters_and_refuses_what_does_not_fit():
         other = Own(16, 16) if kind is Own else nn.LazyLinear(16)
         with pytest.raises(ValueError, match="own is a .*, which multiplies in its own way"):
             amp.convert_to_float8(nn.ModuleDict({"own": other}))
+    for layer in nn.Linear(16, 16), tp.ColumnParallelLinear(16, 16):
+        adapted = nn.Sequential(layer)
+        peft.adapt(adapted, "lora", rank=2)
+        with pytest.raises(ValueError, match="which multiplies in its own way"):
+            amp.convert_to_float8(adapted)
     shared = nn.Linear(16, 16)
     twice = nn.ModuleDict({"a": shared, "head": shared})
     assert amp.convert_to_float8(twice, skip=("head",)) == [] and type(shared) is nn.Linear
@@ -5740,6 +5753,33 @@ def test_peft_prompts_stand_before_the_text_or_in_it():
 PEFT_ALL = {"lora": {"rank": 2, "alpha": 3}, "dora": {"rank": 2}, "ia3": {}, "adapter": {},
             "prefix": {"length": 2, "hidden": 4}, "prompt": {"length": 2, "at": 1},
             "p_tuning": {"length": 2, "hidden": 4}}
+
+
+def test_peft_folders_with_other_names_are_read_again(tmp_path):
+    pytest.importorskip("safetensors", reason="files of adapters: pip install safetensors")
+    for method, config in PEFT_ALL.items():
+        gpt, fresh = peft_model(), peft_model()
+        peft.adapt(gpt, method, **config)
+        want = moved(gpt)(some_tokens())[0]
+        peft.save_adapter(gpt, tmp_path / method, rename=model_module.hf_name)
+        peft.load_adapter(fresh, tmp_path / method, rename=model_module.hf_name)
+        close(fresh(some_tokens())[0], want, 1e-12, method)
+
+
+def test_peft_every_parameter_that_trains_gets_a_gradient_beside_experts_too():
+    """A router's forward never runs: an adapter there would be dead. Nor does fp8 take one."""
+    gpt = peft_model(experts=4, top_k=2)
+    peft.adapt(gpt, "lora", rank=2)
+    moved(gpt)(some_tokens(), some_tokens())[1].backward()
+    trained = [p for p in gpt.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None for p in trained)
+    with pytest.raises(ValueError, match="no layer named"):
+        peft.adapt(peft_model(experts=4, top_k=2), "lora", targets=["router"])
+    low = nn.Sequential(nn.Linear(16, 16))
+    amp.convert_to_float8(low)
+    with pytest.raises(ValueError):
+        peft.adapt(low, "lora", targets=["0"])
+    assert low[0].weight.requires_grad, "changed, then refused"
 
 
 def test_peft_adapters_switch_and_travel_in_files(tmp_path):
@@ -6692,6 +6732,8 @@ def test_train_plans_a_run_without_starting_it(capsys, tmp_path, monkeypatch):
                        ("--recompute selective", "--recompute none and full"),
                        ("--dtype fp32", "knows --dtype bf16"),
                        ("--nproc 2 --pp 2 --schedule gpipe", "not gpipe"),
+                       ("--nproc 5 --pp 5 --batch-size 20", "5 stages for 3 layers"),
+                       ("--nproc 2 --tp 2 --optimizer adamw --hidden 511", "no multiple of --tp 2"),
                        ("--batch-size 8 --microbatches 3", "does not split into 3 parts")):
         with pytest.raises(SystemExit):
             train.main(["--plan", "H100", "--dtype", "bf16", *flags.split()])
@@ -6803,6 +6845,11 @@ def check_plan_seconds(m, shape):
         assert sending > hidden * computing                         # some of it is exposed
         assert got["seconds"] == pytest.approx(
             computing + sending - hidden * computing + state / 1e12, rel=1e-12), (parts, zero)
+    got = m.plan(shape, "ours", 16, dp=16, zero=1, recompute=True)  # backward runs forward again
+    computing = 16 * 2048 * (96 * work(block, 1) * 4 / 3 + 6 * head) / (50e12 * 16)
+    sending = 4 * 15 / 16 * (96 * block + 2 * head) / 5e9
+    assert got["seconds"] == pytest.approx(
+        computing + sending - 3 / 4 * computing + state / 1e12, rel=1e-12)
     near = m.plan(shape, "ours", 8, dp=8, zero=1)                   # one node: all is hidden
     assert near["seconds"] == pytest.approx(all_of_it + 2 * state / 1e12, rel=1e-12)
     more = m.plan(shape, "ours", 8 * 16, dp=8, zero=1)["seconds"] - 2 * state / 1e12
@@ -6874,8 +6921,9 @@ def test_metrics_plan_formulas_are_the_papers_and_the_models():
     ("near if dp * tp * pp <= 8 else far", "near"),
     ("by_ep / (near if tp * ep <= 8 else far)", "by_ep / near"),
     ("by_tp / (near if tp", "0 / (near if tp"), ("near if dp * tp <= 8 else far) - h", "near) - h"),
-    ("max(0, by_dp", "(by_dp"), ("2: 2 / 3, 3: 1}", "3: 1}"), ("3: 1}.get", "3: 2 / 3}.get"),
-    ("zero, 2 / 3 / m)", "zero, 2 / 3)"), ("exposed + update}", "exposed}"),
+    ("max(0, by_dp", "(by_dp"), ("2: backward, 3: 1}", "3: 1}"), ("3: 1}.get", "3: 2 / 3}.get"),
+    ("zero, backward / m)", "zero, backward)"), ("3 / 4 if recompute else 2 / 3", "2 / 3"),
+    ("exposed + update}", "exposed}"),
     ("kinds[1] + 2 * kinds[2])", "kinds[1] + kinds[2])"), ("(n if zero else 1) for", "n for"),
     ("replicas = dp, dp // ep", "replicas = dp, dp"), ("/ (tp * ep)]", "/ tp]"),
     ("6 if recompute else 4  # to the experts", "2  # to"), ("layers * shape.top_k", "layers"),
@@ -7027,6 +7075,11 @@ def test_metrics_layouts_fit_and_are_sorted(capsys):
     assert seconds == sorted(seconds)
     assert all(math.prod(layout[key] for key in ("dp", "tp", "pp")) == 64 for layout, _ in found)
     assert not metrics.layouts(shape, "A100", 8, 64)
+    small = metrics.Shape(4, 512, 8, 8, 2048, 1024, 512)
+    assert {layout["zero"] for layout, _ in metrics.layouts(small, "A100", 8, 8)
+            if layout["dp"] == 1} == {1}                            # 2 and 3 are the same alone
+    assert metrics.plan(small, "A100", 8, tp=8, zero=3)["memory"] == metrics.plan(
+        small, "A100", 8, tp=8, zero=1)["memory"]
     with pytest.raises(ValueError, match="are not cut by"):
         metrics.plan(shape, "A100", 64, tp=5)
     metrics.main(["--plan", "--gpus", "8", "--layers", "16", "--dim", "2048", "--hidden", "8192",
@@ -7564,11 +7617,22 @@ def test_model_refuses_folders_that_it_does_not_know(tmp_path):
     good["vocab_size"] = 11
     refused("at most 8 tokens in its window", {"sliding_window": 8, "use_sliding_window": True},
             seq_len=9)
+    refused("at most 8 tokens in its window", {         # transformers' Mistral has no such switch
+        "model_type": "mistral", "sliding_window": 8, "use_sliding_window": False}, seq_len=9)
+    refused("num_experts_per_tok=1", {"model_type": "mixtral", "num_experts_per_tok": 1})
+    refused("lm_head.weight is model.embed_tokens.weight, but they differ", {
+        "tie_word_embeddings": True})
     refused("at most 16 tokens", {}, seq_len=17)
     refused("may run code", {}, tensors=False)
     refused("has shape .20, 24., for blocks.0.mlp.* of shape .40, 24.", {"intermediate_size": 40})
     refused("no tensor model.layers.2", {"num_hidden_layers": 3})
     import safetensors.torch
+    gpt.save_pretrained(tmp_path / "cut", shard_bytes=4000)
+    stale = {name: torch.zeros_like(t) for file in (tmp_path / "cut").glob("*.safetensors")
+             for name, t in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(stale, tmp_path / "cut" / "model-99998-of-99999.safetensors")
+    for p, q in zip(gpt.parameters(), GPT.from_pretrained(tmp_path / "cut").parameters()):
+        assert torch.equal(p, q), "of an earlier download"
     [file] = (tmp_path / "good").glob("*.safetensors")
     tensors = safetensors.torch.load_file(file)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
@@ -8969,6 +9033,34 @@ def _train_with_a_slow_norm(argv):
     trainer.update = lambda: Slow(update())
     trainer.train()
     return [r["step_ms"] for r in records(trainer.out)]
+
+
+def _train_beside_a_slow_rank(argv):
+    trainer = train.Trainer(options.parse(argv))
+    trainer.sample = trainer.meter.plot = trainer.export = lambda _: None
+    update = trainer.update
+
+    def slow():
+        norm = update()
+        time.sleep(0.3 * dist.get_rank())               # after the step's own collectives
+        return norm
+
+    trainer.update = slow
+    trainer.train()
+    return [r["step_ms"] for r in records(trainer.out)] if dist.get_rank() == 0 else None
+
+
+def test_train_waiting_for_the_slowest_rank_is_time_of_its_steps(ranks, corpus, tmp_path):
+    got = ranks.run(_train_beside_a_slow_rank, 2, [*TINY, "--data", corpus, "--steps", "3",
+                                                   "--out", str(tmp_path / "a")])[0]
+    assert all(300 < ms < 2000 for ms in got), got
+
+
+@pytest.mark.parametrize("dtype, times", [("fp32", None), ("bf16", 1), ("fp16", 1), ("fp8", 2)])
+def test_train_mfu_is_of_the_peak_of_the_type_that_multiplies(dtype, times):
+    trainer = types.SimpleNamespace(world=2, args=types.SimpleNamespace(device="cuda", dtype=dtype))
+    with mock.patch.object(torch.cuda, "get_device_name", lambda: "NVIDIA H200"):
+        assert train.Trainer.peak(trainer) == (times and times * 2 * 989e12)
 
 
 def test_train_waiting_for_a_gpu_is_time_of_its_steps(ranks, corpus, tmp_path):
@@ -10690,9 +10782,9 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "options": {"model", "pp", "peft", "sft", "resume", "metrics"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics", "options"}}
-LONGEST = {"model": 850, "train": 870, "options": 360, "resume": 425, "metrics": 985, "zero": 640,
+LONGEST = {"model": 870, "train": 890, "options": 370, "resume": 425, "metrics": 985, "zero": 640,
            "checkpoint": 650, "tp": 595, "pp": 820, "amp": 920, "ddp": 325, "moe": 585,
-           "peft": 955, "sft": 350, "rope": 306, "flash_triton": 308}      # others: 300
+           "peft": 960, "sft": 350, "rope": 306, "flash_triton": 315}      # others: 300
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
@@ -10774,6 +10866,26 @@ def test_house_a_demo_whose_claim_is_false_exits_with_1(tmp_path):
     (tmp_path / "data.py").write_text(source)
     run = subprocess.run([sys.executable, "data.py"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1 and "FAIL mlm: share of the targets shown as [MASK]" in run.stdout
+
+
+@pytest.mark.parametrize("cuda, devices", [(True, {"cpu": "gloo", "cuda": "nccl"}),
+                                           (False, {"cpu": "gloo"})])
+def test_house_a_group_takes_tensors_of_the_cpu_and_of_the_gpu(cuda, devices, tmp_path):
+    """Left to itself torch takes nccl alone, where it sees a GPU: no CPU tensors, no objects."""
+    from torch.distributed.distributed_c10d import BackendConfig
+    with mock.patch.object(torch.cuda, "is_available", lambda: cuda), mock.patch.object(
+            dist, "is_torchelastic_launched", lambda: True), mock.patch.object(
+            torch.cuda, "device_count", lambda: 0), mock.patch.dict(os.environ, LOCAL_RANK="0"):
+        with mock.patch.object(dist, "init_process_group") as begun, mock.patch.object(
+                dist, "barrier"), mock.patch.object(dist, "destroy_process_group"):
+            ddp.launch(lambda: None, 2)
+        with mock.patch.object(dist, "init_process_group", side_effect=ValueError) as also, (
+                mock.patch.object(train, "leave", side_effect=SystemExit)), pytest.raises(
+                SystemExit):
+            train.main(["--device", "cpu", "--out", str(tmp_path / "a")])
+    for call in begun, also:
+        found = BackendConfig(dist.Backend(call.call_args.args[0])).device_backend_map
+        assert devices.items() <= found.items()
 
 
 def test_house_every_copy_of_launch_is_the_same():

@@ -47,7 +47,7 @@ def _rank(rank, fn, n, path, args):
         if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
             if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         else:                                   # they meet in a file: no port to collide with
             torch.set_num_threads(1)            # n processes share the cores
             dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)
@@ -181,14 +181,15 @@ class ColumnProducts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
         x, *weights = ctx.saved_tensors
-        terms = [dy @ w.to(dy.dtype) for dy, w in zip(dys, weights)]    # to: under autocast
-        dx = sum(terms[1:], terms[0])
-        kind = "reduce-scatter" if ctx.split_tokens else "all-reduce"
-        sum_dx = collective(kind, dx, 1, ctx.group)
-        rows = x.flatten(0, -2).to(dx.dtype)
+        sum_dx = None
+        if ctx.needs_input_grad[0]:
+            terms = [dy @ w.to(dy.dtype) for dy, w in zip(dys, weights)]    # to: under autocast
+            kind = "reduce-scatter" if ctx.split_tokens else "all-reduce"
+            sum_dx = collective(kind, sum(terms[1:], terms[0]), 1, ctx.group)
+        rows = x.flatten(0, -2).to(dys[0].dtype)
         dws = [dy.flatten(0, -2).mT @ rows if needed else None
                for dy, needed in zip(dys, ctx.needs_input_grad[3:])]
-        return sum_dx(), None, None, *dws
+        return sum_dx and sum_dx(), None, None, *dws
 
 
 def check_dtype(x):
@@ -376,6 +377,7 @@ def grad_norm(parameters, group):
     norms = []
     for groups, grads in alike.items():
         norm = nn.utils.get_total_norm(grads)
+        norm = norm.to(torch.promote_types(norm.dtype, torch.float32))      # fp16 ends at 65504
         for ranks in groups:
             norm = collective("all-reduce", norm.square(), 0, ranks)().sqrt()
         norms.append(norm)

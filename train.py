@@ -128,7 +128,7 @@ class Trainer:
                 raise ValueError(f"{given} lies in --out {args.out}, which is moved aside: name "
                                  f"another --out")
         data = on_all_ranks(self.read_data)
-        config = model_config(args, self.tokenizer.size)
+        config = on_all_ranks(model_config, args, self.tokenizer.size)
         if self.dp % args.ep or args.ep > 1 and not args.experts:
             raise ValueError(f"--ep {args.ep}: experts are spread over ranks with other data: use "
                              f"a divisor of {self.dp}, --nproc / (tp pp), and --experts")
@@ -138,7 +138,7 @@ class Trainer:
         shape = {key: value for key, value in dataclasses.asdict(config).items()
                  if key != "head_dim" and (args.experts or key not in EXPERTS)}
         if args.init:
-            shape |= {"init": folder_crc32(args.init), "peft": args.peft}
+            shape |= {"init": on_all_ranks(folder_crc32, args.init), "peft": args.peft}
         self.facts = {**shape, "optimizer": args.optimizer, "data": data}
         flags = {name: value for name, value in vars(args).items()
                  if name not in ("data", "init", "tokenizer", "out")}       # paths, of machines
@@ -223,8 +223,8 @@ class Trainer:
         dist.barrier()                              # from here on no rank has bad input
         on_all_ranks(self.begin_folder)
         self.meter = Meter(self.log if self.rank == 0 else None, self.step, args.steps,
-                           args.batch_size * args.seq_len, config.flops(), self.flops_that_run(),
-                           self.peak(), self.rows_before * args.seq_len)
+                           args.batch_size * args.seq_len, *self.flops(), self.peak(),
+                           self.rows_before * args.seq_len)
         count, at_work = self.count_parameters()
         say(f"model  {count:,.0f} parameters: {args.layers} layers, C={args.dim}, H={args.heads}, "
             f"T={args.seq_len}; {self.world} x {args.device}")
@@ -290,31 +290,37 @@ class Trainer:
         total, at_work = 0, 0
         for name, p in self.model.named_parameters():
             size = p.numel() * math.prod(tp_size(group) for _, group in cuts(p, self.tp_group))
+            if name == "head.weight" and self.model.config.tied:
+                continue                            # the last stage's copy of the embedding
             total += size
             routed = name.endswith(("mlp.gate_up", "mlp.down"))
             at_work += size * self.args.top_k // self.args.experts if routed else size
         return [count * self.args.pp / self.world for count in self.sum_over_ranks(total, at_work)]
 
-    def flops_that_run(self):
-        """Of a token, with what backward computes again, as torch counts them on a model without
-        memory. None: it can't, for experts."""
+    def flops(self):
+        """-> of a token: the model's; those that run, with what backward computes again, as torch
+        counts them on a model without memory. None: it can't, for experts, nor we for --peft, where
+        frozen weights need no gradient."""
         config, blocks = self.model.config, [None] * self.world
         dist.all_gather_object(blocks, self.model.recompute)
         blocks = {i: how for some in blocks for i, how in some.items()}
+        if self.args.peft:
+            return None, None
         if not blocks or self.args.experts:
-            return None if blocks else config.flops()
+            return config.flops(), None if blocks else config.flops()
         with torch.device("meta"):
             model, tokens = GPT(config), torch.zeros(1, config.seq_len, dtype=torch.long)
             model.recompute = blocks
             with FlopCounterMode(display=False) as counter:
                 model(tokens, tokens)[1].backward()
-        return counter.get_total_flops() / config.seq_len
+        return config.flops(), counter.get_total_flops() / config.seq_len
 
     def peak(self):
-        """FLOP/s of all ranks together, or None if nobody knows: no MFU then."""
+        """FLOP/s of all ranks together in the type that multiplies, or None if it is not known: no
+        MFU then."""
         name = torch.cuda.get_device_name() if self.args.device == "cuda" else self.args.device
-        peak = peak_flops(name)
-        return peak and peak * self.world
+        peak, times = peak_flops(name), {"bf16": 1, "fp16": 1, "fp8": 2}.get(self.args.dtype)
+        return times and peak and times * peak * self.world
 
     def tensors(self):
         """What a checkpoint holds of this rank, by names and shapes that no layout changes. What is
@@ -532,7 +538,8 @@ class Trainer:
                     say(f"note   step {self.step}: no profile: {problem!r}")
             if dist.is_torchelastic_launched() and os.getppid() != parent:
                 self.stop = True                        # the launcher is gone: nobody would stop it
-            stopping = bool(self.max_over_ranks(self.stop) if self.world > 1 else self.stop)
+            with contextlib.nullcontext() if look else self.meter.timing(0):    # for the slowest
+                stopping = bool(self.max_over_ranks(self.stop) if self.world > 1 else self.stop)
             keep = keep or stopping
             if not (log or check or keep):
                 continue
@@ -618,8 +625,9 @@ class Trainer:
             t.data.copy_(state[f"model.{name}"])
             crc32 = zlib.crc32(t.detach().numpy().tobytes(), crc32)
         drifted = self.sum_over_ranks(crc32) != [crc32 * self.world]
-        if self.rank == 0:
-            self.sample(whole.to(self.args.device).eval())
+        if self.rank == 0:                          # split: it may be too much for one GPU
+            split = self.zero or self.args.tp * self.args.pp * self.args.ep > 1
+            self.sample(whole.to("cpu" if split else self.args.device).eval())
             self.export(whole)
             try:
                 self.meter.plot(self.out / "loss.png")
@@ -752,17 +760,23 @@ def restarted(args):
     """Has torchrun started this job's processes again, and has it left a checkpoint? As rank 0 sees
     it; any rank may be on a machine that is new in the job. The first time an earlier run's folder,
     which is not moved aside yet, gets a mark: another job may have had the same name."""
-    times, again = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))), [False]
+    times = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     dist.all_reduce(times, dist.ReduceOp.MAX)
-    if dist.get_rank() == 0 and resume.saved(args.out):
+
+    def seen():
         mark = pathlib.Path(args.out, "before_the_job")
+        if dist.get_rank() > 0 or not resume.saved(args.out):
+            return False
         if times == 0 and not args.resume:
             mark.write_text(job())
         elif times == 0:
             mark.unlink(missing_ok=True)
         elif not mark.exists() or mark.read_text() != job():
             with contextlib.suppress(ValueError):
-                again = [last_settings(args.out).get("job") == job()]
+                return last_settings(args.out).get("job") == job()
+        return False
+
+    again = [on_all_ranks(seen)]
     dist.broadcast_object_list(again)
     return again[0]
 
@@ -797,8 +811,8 @@ def main(argv):
         if args.device == "cpu":
             keep_memory()
         if dist.is_torchelastic_launched():
-            # gloo, and nccl where there is CUDA
-            dist.init_process_group(timeout=datetime.timedelta(seconds=args.timeout))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=args.timeout))
         elif args.nproc > 1:
             return start_ranks(args, argv)
         else:

@@ -27,7 +27,8 @@ Cost     the table, and while backward sends them three copies of one block's gr
 Paper    Rajbhandari et al. 2020, ZeRO, sections 5 and 7 (arXiv 1910.02054)
 Run      python zero.py [--nproc N] [--bench]   or   torchrun --nproc-per-node N zero.py [--bench]
 Left out parameter groups, cut frozen parameters, cut activations (ZeRO-R), ranks that run different
-         blocks, parameters that other blocks read directly
+         blocks or, in stage 3, use other parameters; parameters that other blocks read directly;
+         microbatches' gradients added up in more than compute_dtype
 """
 
 import argparse
@@ -57,7 +58,7 @@ def _rank(rank, fn, n, path, args):
         if path is None:                        # torchrun's: gloo for CPU, nccl for CUDA tensors
             if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         else:                                   # they meet in a file: no port to collide with
             torch.set_num_threads(1)            # n processes share the cores
             dist.init_process_group("gloo", store=dist.FileStore(path, n), rank=rank, world_size=n)
