@@ -43,8 +43,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 # The operations whose outputs selective_checkpoint() keeps: those that cost most FLOPs per byte.
-EXPENSIVE = frozenset("""linear mm addmm bmm baddbmm convolution _scaled_mm _grouped_mm flash_forward
-    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+EXPENSIVE = frozenset("""linear mm addmm bmm baddbmm convolution _scaled_mm _grouped_mm
+    flash_forward _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split())
 
 

@@ -325,8 +325,9 @@ def microbatches(args, dp):
     return count
 
 
-def print_plan(args):
-    """What metrics.py's planner expects of this run. ValueError: it does not know such models."""
+def planned(args):
+    """What metrics.py's planner expects of this run -> Shape, layout, plan(). ValueError: it does
+    not know such models."""
     config = model_config(args, 0 if args.init else tokenizer_for(args).size)
     if args.peft or config.shared_experts or config.moe_every > 1 or config.tied:
         raise ValueError("--plan goes without --peft, --shared-experts, --moe-every, and a head "
@@ -356,6 +357,16 @@ def print_plan(args):
                   sequence_parallel=args.sequence_parallel)
     needs = plan(shape, args.plan, args.batch_size, kinds=(2, 2, 12) if low else (4, 4, 8),
                  loss_chunk=args.loss_chunk, product=2, **layout)
+    if not low:         # autocast's copies of the weights; DDP's buckets, once activations are gone
+        count = needs["weights"] / 4
+        kept = max(needs["activations"], 4 * count if dp > 1 else 0) + 2 * count
+        needs["memory"] += kept - needs["activations"]
+        needs["activations"] = kept
+    return shape, layout, needs
+
+
+def print_plan(args):
+    shape, layout, needs = planned(args)
     print(f"{shape.parameters():,} parameters in matrices, {args.nproc} x {args.plan}, a step of "
           f"{args.batch_size} x {args.seq_len} tokens, computing at {CHIPS[args.plan][5]:.0%} of "
           f"the peak of bf16; optimizer as large as AdamW's")

@@ -125,8 +125,9 @@ def split_pair(prompt, completion, tokenizer):
     size = len(completion.encode()) + 1
     if cut < len(alone):
         text = tokenizer.model.encode(prompt + completion, add_special_tokens=False)
-        start, _ = text.offsets[cut - (len(whole) - len(text))]         # of its first character
-        size += len(prompt[start:].encode())
+        i = cut - (len(whole) - len(text))                  # of the first that differs; where it
+        before = text.offsets[i - 1][1] if i > 0 else 0     # begins, some leave out its space
+        size += len(prompt[min(before, text.offsets[i][0]):].encode())
     return whole[:cut], [*whole[cut:], tokenizer.end], size
 
 

@@ -6227,6 +6227,20 @@ def test_sft_a_token_across_the_seam_is_the_completions(tmp_path):
         sft, bpe(tmp_path, before="[begin] $A [end]"))
 
 
+@pytest.mark.parametrize("trim", [False, True])
+def test_sft_the_bytes_of_a_token_across_the_seam_have_its_space(tmp_path, trim):
+    """Some tokenizers' offsets leave it out."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers: pip install tokenizers")
+    folder = bpe(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.post_processor = tokenizers.processors.ByteLevel(trim_offsets=trim)
+    made.save(str(folder / "tokenizer.json"))
+    tokenizer = sft.Tokenizer(folder)
+    for prompt in ("the ", " "):
+        _, rest, size = sft.split_pair(prompt, "cat", tokenizer)
+        assert tokenizer.decode(rest) == " cat" and size == len(" cat") + 1
+
+
 def test_sft_what_comes_before_a_text_is_found_in_any_vocabulary(tmp_path):
     """Also where no token is a Latin letter, or the first ones cannot be written as a text."""
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers: pip install tokenizers")
@@ -7064,6 +7078,18 @@ def test_metrics_the_plan_has_the_activations_of_real_runs(ranks, corpus, tmp_pa
         want = want["activations"]
         off = 0.16 if how == "full" and "zero" in dtype else 0.1
         assert abs(want / got - 1) < off, (layers, vocab, how, dtype, got, want)
+
+
+@pytest.mark.parametrize("n, flags", [(1, "--dtype bf16"), (2, "--dtype bf16"),
+                                      (2, "--dtype bf16 --recompute full")])
+def test_train_the_plan_knows_autocasts_copies_and_ddps_buckets(ranks, corpus, tmp_path, n, flags):
+    """Of a model that is large beside its batch: 2 and 4 bytes a parameter, within 5 %."""
+    argv = [*"--layers 4 --dim 256 --heads 4 --kv-heads 4 --hidden 1024 --seq-len 16 --batch-size 2"
+            " --optimizer adamw --profile-every 0".split(), *flags.split(), "--data", corpus]
+    found = ranks.run(_traffic_of_a_rank, n, argv, str(tmp_path))
+    got = max(bytes for _, bytes in found)
+    args = options.parse([*argv, "--plan", "H100", "--nproc", str(n)])
+    assert abs(options.planned(args)[2]["activations"] / got - 1) < 0.05
 
 
 def test_metrics_layouts_fit_and_are_sorted(capsys):
@@ -10782,9 +10808,9 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "options": {"model", "pp", "peft", "sft", "resume", "metrics"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics", "options"}}
-LONGEST = {"model": 870, "train": 890, "options": 370, "resume": 425, "metrics": 985, "zero": 640,
+LONGEST = {"model": 870, "train": 890, "options": 380, "resume": 425, "metrics": 985, "zero": 640,
            "checkpoint": 650, "tp": 595, "pp": 820, "amp": 920, "ddp": 325, "moe": 585,
-           "peft": 960, "sft": 350, "rope": 306, "flash_triton": 315}      # others: 300
+           "peft": 960, "sft": 355, "rope": 306, "flash_triton": 315}      # others: 300
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
