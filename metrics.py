@@ -536,6 +536,7 @@ class Meter:
 
     @contextlib.contextmanager
     def timing(self, steps=1):
+        """Around a step; steps=0: around more that belongs to the one before."""
         before = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - before

@@ -5335,7 +5335,8 @@ def test_checkpoint_runs_a_function_once_more_and_stops_early():
     check_second_runs(checkpoint)
     assert_caught(check_second_runs, mutant("checkpoint", "if i + 1 >= len(self.facts):",
                                             "if False:"))
-    assert_caught(check_second_runs, mutant("checkpoint", '"""linear mm addmm bmm', '"""linear mm bmm'))
+    assert_caught(check_second_runs, mutant(
+        "checkpoint", '"""linear mm addmm bmm', '"""linear mm bmm'))
 
 
 def check_saved_bytes(m):

@@ -625,9 +625,13 @@ class Trainer:
             t.data.copy_(state[f"model.{name}"])
             crc32 = zlib.crc32(t.detach().numpy().tobytes(), crc32)
         drifted = self.sum_over_ranks(crc32) != [crc32 * self.world]
-        if self.rank == 0:                          # split: it may be too much for one GPU
-            split = self.zero or self.args.tp * self.args.pp * self.args.ep > 1
-            self.sample(whole.to("cpu" if split else self.args.device).eval())
+        if self.rank == 0:
+            device = self.args.device
+            if device == "cuda":                    # it may be too much beside what is there
+                torch.cuda.empty_cache()
+                free, _ = torch.cuda.mem_get_info()
+                device = device if free > 1.2 * held(whole.parameters()) else "cpu"
+            self.sample(whole.to(device).eval())
             self.export(whole)
             try:
                 self.meter.plot(self.out / "loss.png")
@@ -672,15 +676,16 @@ class Trainer:
     def sample(self, model):
         """causal: 500 new tokens, of pairs a completion of the first validation prompt. mlm: the
         first validation window, its hidden bytes filled in."""
+        device = next(model.parameters()).device
         if self.args.objective == "causal":
             torch.manual_seed(self.args.seed)
-            prompt = torch.tensor([self.prompt or [self.tokenizer.end]])
+            prompt = torch.tensor([self.prompt or [self.tokenizer.end]], device=device)
             prompted = self.args.peft in ("prompt", "p_tuning")     # it takes some of seq_len
             short = prompted or isinstance(self.windows, Pairs)
             new = max(1, self.args.seq_len - prompt.shape[1]) if short else 500
-            tokens = model.generate(prompt.to(self.args.device), new, 0.8, use_cache=not prompted)
+            tokens = model.generate(prompt, new, 0.8, use_cache=not prompted)
         else:
-            tokens = examples(self.val_windows, [0], "mlm")[0].to(self.args.device)
+            tokens = examples(self.val_windows, [0], "mlm")[0].to(device)
             tokens = tokens.where(tokens != MASK, model(tokens)[0][..., :MASK].argmax(-1))
         tokens = [token for token in tokens[0].tolist() if token < self.tokenizer.size]
         if isinstance(self.windows, Pairs) and self.tokenizer.end in tokens[len(self.prompt):]:
