@@ -4209,6 +4209,16 @@ def test_pp_defers_weight_gradients_on_a_gpu(ranks):
     ranks.run(_pp_on_a_gpu, 1)
 
 
+def _pp_in_bf16():
+    stage, x = nn.Linear(2, 1).bfloat16(), torch.ones(512, 2, dtype=torch.bfloat16)
+    pipeline = pp.Pipeline(stage, pp.schedule("gpipe", 1, 512), lambda y, _: y.mean() * 0 + 4)
+    return pipeline.step(x, x).item(), pipeline.evaluate(x, x).item()
+
+
+def test_pp_adds_up_the_loss_of_microbatches_in_float32(ranks):
+    assert ranks.run(_pp_in_bf16, 1) == [(4.0, 4.0)]                # in bf16 the sum ends at 2
+
+
 PP_JOB = """
 import os, signal, time
 import torch, torch.distributed as dist
@@ -5329,6 +5339,14 @@ def check_second_runs(m):
             h.sum().backward()
             flops[name] = counter.get_total_flops() - before
     assert flops["full"] * 3 == flops["plain"] * 4 and flops["selective"] == flops["plain"], flops
+
+
+def test_checkpoint_stops_early_without_leaving_out_hooks_that_always_run():
+    """peft.py's prefix ends a mode in one."""
+    layer, calls = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0)), []
+    layer.register_forward_hook(lambda *_: calls.append(1), always_call=True)
+    checkpoint.checkpoint(layer, torch.ones(2, 4, requires_grad=True)).sum().backward()
+    assert len(calls) == 2
 
 
 def test_checkpoint_runs_a_function_once_more_and_stops_early():
