@@ -413,8 +413,10 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
     after each; ZeRO-3: everything). Then the optimizer reads and writes its state. Experts' load is
     even and their products as fast as others: measured models with experts reach less. loss_chunk:
     see loss.py. product: bytes of a number that products of matrices give: 2 under autocast, which
-    computes norms in fp32; None: both as of a weight. ValueError: what cannot be cut so."""
+    computes norms in fp32, and with zero=0 copies all weights; None: both as of a weight.
+    ValueError: what cannot be cut so."""
     peak, _, speed, near, far, efficiency = CHIPS[chip]
+    autocast = product is not None and zero == 0
     product, in_norm = (product, 4) if product else (kinds[0], kinds[0])
     if min(batch, dp, tp, pp, microbatch, chunks, ep) < 1 or not 0 <= zero <= 3:
         raise ValueError("batch and layout must be 1 or more, zero 0 to 3")
@@ -458,6 +460,9 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
             logits = 12 * flow * shape.vocab / tp
         activations = flow * layers * kept * min(alive, m) + max(
             logits, flow * whole if recompute else 0)                   # not both at once
+        if autocast:                            # DDP's buckets, once those are gone; its copies
+            buckets = kinds[1] * sum(mine) if dp > 1 else 0
+            activations = max(activations, buckets) + product * sum(mine)
 
         work = tokens * (layers * block_flops * again + last * head_flops) / tp
         passes = (6 if recompute else 4) * layers + last            # forward, backward, again

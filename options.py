@@ -357,11 +357,6 @@ def planned(args):
                   sequence_parallel=args.sequence_parallel)
     needs = plan(shape, args.plan, args.batch_size, kinds=(2, 2, 12) if low else (4, 4, 8),
                  loss_chunk=args.loss_chunk, product=2, **layout)
-    if not low:         # autocast's copies of the weights; DDP's buckets, once activations are gone
-        count = needs["weights"] / 4
-        kept = max(needs["activations"], 4 * count if dp > 1 else 0) + 2 * count
-        needs["memory"] += kept - needs["activations"]
-        needs["activations"] = kept
     return shape, layout, needs
 
 

@@ -626,8 +626,8 @@ def rehearse(name, seconds, inputs, targets):
     pipeline, logs = Slow(stages_of(gpt(11, 8, 2, 6), v), ops, mean_loss), []
     pipeline.seconds = seconds
     pipeline.evaluate(inputs, targets)                      # the first messages open connections
-    least, near = (1 if name == "naive" else 3), False
-    while len(logs) < least or not near and len(logs) < 6:  # other work disturbs some passes
+    (least, most), near = ((1, 2) if name == "naive" else (3, 5)), False
+    while len(logs) < least or not near and len(logs) < most:   # other work disturbs some passes
         pipeline.step(inputs, targets)
         logs.append(measured(pipeline))
         log = min(logs, key=lambda log: log.makespan)
@@ -681,7 +681,7 @@ def demo():
     if dist.get_rank() == 0:
         print(f"\n{p} ranks, {m} microbatches, ops that sleep: idle share of the ranks' time, and "
               f"most microbatches\nalive on each rank (each chunk counts)\n")
-    for seconds in (0.03, 0.12):            # longer ops where a busy machine delays the messages
+    for seconds in (0.03, 0.1):             # longer ops where a busy machine delays the messages
         runs = {name: rehearse(name, seconds, inputs[:m], targets[:m]) for name in NAMES}
         if all(close(log.bubble, expected) for log, _, expected, _ in runs.values()):
             break
