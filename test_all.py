@@ -4219,6 +4219,31 @@ def test_pp_adds_up_the_loss_of_microbatches_in_float32(ranks):
     assert ranks.run(_pp_in_bf16, 1) == [(4.0, 4.0)]                # in bf16 the sum ends at 2
 
 
+def test_moe_the_order_of_rows_goes_through_hooks_on_saved_tensors():
+    """Else recomputation and offloading would leave it on the device."""
+    order, seen = torch.tensor([2, 0, 1]), []
+    x = torch.randn(3, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        y = moe.Sort.apply(x, order, order.argsort(), 1, False)
+    y[0].sum().backward()
+    assert len(seen) == 2 and x.grad.sum(1).tolist() == [0, 0, 4]
+
+
+def _tp_column_flops():
+    layer, counts = tp.ColumnParallelLinear(8, 16, group=dist.group.WORLD), []
+    for needed in (True, False):
+        x = torch.ones(2, 3, 8, requires_grad=needed)
+        with FlopCounterMode(display=False) as counter:
+            layer(x).sum().backward()
+        counts.append(counter.get_total_flops() / (2 * 6 * 8 * 16 / dist.get_world_size()))
+        assert layer.weight.grad is not None and (x.grad is not None) is needed
+    return counts
+
+
+def test_tp_a_column_layer_leaves_out_what_an_input_without_gradient_needs(ranks):
+    assert ranks.run(_tp_column_flops, 2) == [[3, 2]] * 2           # forward, dW, and dx
+
+
 PP_JOB = """
 import os, signal, time
 import torch, torch.distributed as dist
