@@ -185,13 +185,18 @@ def check(ok, claim, measured):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that any operator returned while the mode was on."""
-    nbytes = 0
+    """Bytes of the largest tensor that any operator returned while the mode was on. Elements that
+    cross HBM: of products and softmax, if each reads and writes there; of tiles (positions cut)."""
+    nbytes = whole = tiles = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
             self.nbytes = max(self.nbytes, t.nbytes if torch.is_tensor(t) else 0)
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten._softmax.default):
+            self.whole += sum(t.numel() for t in (*args, out) if torch.is_tensor(t))
+        if func is torch.ops.aten.slice.Tensor and args[1] == 2:
+            self.tiles += out.numel()
         return out
 
 
@@ -229,19 +234,28 @@ def demo():
         check(tiles <= 1e-12 and sdpa <= 1e-12, f"o, dq, dk, dv = dense: {name}",
               f"tiles {tiles:.0e}, sdpa {sdpa:.0e} (<= 1e-12)")
 
-    sizes, mb = (256, 512, 1024, 2048), {method: [] for method in METHODS}
+    sizes, mb, moved = (256, 512, 1024, 2048), {method: [] for method in METHODS}, {}
     for T in sizes:
         for method, attend in METHODS.items():
-            with LargestTensor() as largest:
-                attend(*inputs(1, 2, 2, T, T, 64), causal=False).sum().backward()
-            mb[method].append(largest.nbytes / 1e6)
+            with LargestTensor() as seen:
+                o = attend(*inputs(1, 2, 2, T, T, 64), causal=False)
+                moved[T, method] = (seen.whole if method == "dense" else seen.tiles) // 2   # a head
+                o.sum().backward()
+            mb[method].append(seen.nbytes / 1e6)
     dense, tiles = (mb[method][-1] / mb[method][0] for method in ("dense", "tiles"))
     check(dense == 64 and tiles == 8, "largest tensor of forward + backward, T = 256 to 2048",
           f"dense x {dense:g}, tiles x {tiles:g} (x 64, x 8)")
-    print("\n     T   largest tensor, MB: dense   tiles   HBM elements (a count): dense     tiles")
-    for n, T in enumerate(sizes):      # forward, one head, D = 64; dense moves S and P out and in
-        dense, tiles = 4 * T * 64 + 4 * T * T, 2 * T * 64 + T + T // 128 * 2 * T * 64
-        print(f"{T:6}{mb['dense'][n]:27.2f}{mb['tiles'][n]:8.2f}{dense:31,}{tiles:10,}")
+    with LargestTensor() as halves:                         # q, o, lse; for each tile of q all k, v
+        METHODS["tiles"](*inputs(1, 1, 1, T, T, 64), causal=False, block=64)
+    theory = {n: 2 * T * 64 + T + T // n * 2 * T * 64 for n in (64, 128)}
+    counted = moved[T, "dense"], moved[T, "tiles"], halves.tiles
+    check(counted == (4 * T * 64 + 4 * T * T, theory[128], theory[64]),
+          f"HBM elements of the forward, T = {T}: dense, tiles of 128, of 64",
+          f"{counted[0] / 1e6:.1f}, {counted[1] / 1e6:.1f}, {counted[2] / 1e6:.1f} M (as theory)")
+    print("\n     T   largest tensor, MB: dense   tiles   HBM elements, counted: dense     tiles")
+    for n, T in enumerate(sizes):                           # of the forward, one head, D = 64
+        print(f"{T:6}{mb['dense'][n]:27.2f}{mb['tiles'][n]:8.2f}{moved[T, 'dense']:30,}"
+              f"{moved[T, 'tiles']:10,}")
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -201,6 +201,8 @@ def save(ctx, inputs, output):
     ctx.save_for_backward(*qkv, *output)                    # linear in T: neither scores nor P
 
 
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)      # TRITON_INTERPRET=1 is set
+
 forward.register_fake(outputs)
 backward.register_fake(lambda q, k, v, *rest: (like(q), like(k), like(v)))
 forward.register_autograd(lambda ctx, do, _: (
@@ -219,11 +221,10 @@ def obstacle(q, k, v, scale):
         return f"D = {q.shape[3]}: pad it to a multiple of 16 bytes, up to 256"
     if not 0 < scale < math.inf:
         return f"{scale=}: pass a positive one"
-    interpreted = not isinstance(forward_kernel, triton.JITFunction)
-    if q.is_cuda and (interpreted or torch.version.hip or
+    if q.is_cuda and (INTERPRETED or torch.version.hip or
                       torch.cuda.get_device_properties(q.device).major not in (9, 10)):
         return "this GPU's compute capability is neither 9.x nor 10.x, or TRITON_INTERPRET is set"
-    if not q.is_cuda and not (interpreted and q.dtype != DTYPES[1]):
+    if not q.is_cuda and not (INTERPRETED and q.dtype != DTYPES[1]):
         return "no GPU: set TRITON_INTERPRET=1 (which multiplies bfloat16 wrongly), or use SDPA"
 
 
@@ -289,8 +290,8 @@ def numbers(device="cpu", dtype=torch.float32, limit=1e-5):
 
 
 def demo():
-    if not isinstance(forward_kernel, triton.JITFunction):
-        return numbers()                    # TRITON_INTERPRET=1 is set: nothing to compile
+    if INTERPRETED:
+        return numbers()                    # there is nothing to compile
     if torch.cuda.is_available() and torch.cuda.get_device_properties(0).major in (9, 10):
         numbers("cuda", torch.bfloat16, limit=1e-2)
     else:                                   # a process of its own: triton.jit reads the variable

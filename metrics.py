@@ -320,8 +320,9 @@ def memory_now():
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """A decoder: an MLP of three matrices (gated) or two, untied. experts: in place of each MLP so
-    many, `hidden` wide, of which a token visits top_k. head_dim 0: dim / heads. ValueError: no
-    such model."""
+    many, `hidden` wide, of which a token visits top_k. head_dim 0: dim / heads. norm_keeps: tensors
+    that a norm keeps for backward, its input and what it gives (LayerNorm, a GPU's RMSNorm); 3:
+    made of single operations, as RMSNorm on a CPU. ValueError: no such model."""
     layers: int
     dim: int
     heads: int
@@ -334,6 +335,7 @@ class Shape:
     top_k: int = 2
     head_dim: int = 0
     qk_norm: bool = False
+    norm_keeps: int = 2
 
     def __post_init__(self):
         sizes = self.layers, self.dim, self.heads, self.kv_heads, self.hidden, self.seq_len
@@ -373,14 +375,16 @@ class Shape:
 
     def activations(self, tp=1, sequence_parallel=True):
         """Numbers that a block keeps for backward, of a token, on a rank; scores by tiles (flash)
-        -> of products: q, k, v, o; q and k once more with norms of their own; four of the MLP
-        (gate, up, their parts); with experts top_k times those, and their inputs and outputs;
-        of norms: inputs of norms and of matrices, twice; q and k."""
-        wide, (q, kv) = self.dim, self.widths()
-        mlp, normed = (4 if self.gated else 2) * self.hidden, q + kv if self.qk_norm else 0
-        split = 2 * (q + kv) + normed + mlp * (self.top_k if self.experts else 1)
-        whole = 2 * wide * self.top_k if self.experts else 0        # each rank sends all tokens
-        return (split / tp + whole, normed / tp + 6 * wide / (tp if sequence_parallel else 1))
+        -> of products: q, k, v, o; four of the MLP (gate, up, their parts); with experts top_k
+        times those, and their inputs and outputs; of norms: what the block's two keep; with norms
+        of their own q and k, but for what those norms give."""
+        (q, kv), keeps = self.widths(), self.norm_keeps
+        split = 2 * (q + kv) + (4 if self.gated else 2) * self.hidden * (
+            self.top_k if self.experts else 1)
+        whole = 2 * self.dim * self.top_k if self.experts else 0    # each rank sends all tokens
+        normed = (keeps - 1) * (q + kv) if self.qk_norm else 0
+        return (split / tp + whole,
+                normed / tp + 2 * keeps * self.dim / (tp if sequence_parallel else 1))
 
 
 @functools.cache
@@ -399,7 +403,8 @@ def cut(layers, head, n):
 
 
 def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, recompute=False,
-         ep=1, kinds=(2, 2, 12), loss_chunk=0, sequence_parallel=True, product=None):
+         ep=1, kinds=(2, 2, 12), loss_chunk=0, sequence_parallel=True, product=None, counts=None,
+         stops_early=False):
     """What a step of `batch` sequences on dp x tp x pp GPUs needs -> dict: bytes of weights,
     gradients, optimizer, activations, their sum memory, of the fullest rank; send (bytes that a
     rank sends by tp, by dp, by ep, by pp, the most of any); bubble (idle / busy, of the slowest
@@ -413,8 +418,10 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
     after each; ZeRO-3: everything). Then the optimizer reads and writes its state. Experts' load is
     even and their products as fast as others: measured models with experts reach less. loss_chunk:
     see loss.py. product: bytes of a number that products of matrices give: 2 under autocast, which
-    computes norms in fp32, and with zero=0 copies all weights; None: both as of a weight.
-    ValueError: what cannot be cut so."""
+    computes norms in fp32, and with zero=0 copies all weights; None: both as of a weight. counts:
+    layers of each chunk of the pipeline; None: by cut(). stops_early: recompute leaves out an MLP's
+    last product, and its sum over tp, which backward does not need (checkpoint.py, torch's
+    use_reentrant=False; not Megatron's). ValueError: what cannot be cut so."""
     peak, _, speed, near, far, efficiency = CHIPS[chip]
     autocast = product is not None and zero == 0
     product, in_norm = (product, 4) if product else (kinds[0], kinds[0])
@@ -434,10 +441,12 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
         block = [sum(block), 0]
     replicas = dp, dp // ep                                 # of these two
     block_flops, head_flops = shape.flops_of()
-    again = 4 / 3 if recompute else 1
+    saves = stops_early and not shape.experts               # it also sends half, or none, of a sum
+    again = 4 / 3 - saves * 2 * C * shape.hidden / block_flops if recompute else 1
+    sums = 4 if not recompute else 6 - saves * (0.5 if sequence_parallel else 1)
     tokens = batch / dp * T                                 # a rank's
     x, summed = kinds[0] * tokens * C, product * tokens * C     # bytes of x, of what is added to it
-    counts = cut(shape.layers, head_flops / block_flops, pieces)
+    counts = counts or cut(shape.layers, head_flops / block_flops, pieces)
     ranks = []
     for rank in range(pp):
         layers, first, last = sum(counts[rank::pp]), rank == 0, rank == pp - 1
@@ -465,7 +474,7 @@ def plan(shape, chip, batch, dp=1, tp=1, pp=1, zero=1, microbatch=1, chunks=1, r
             activations = max(activations, buckets) + product * sum(mine)
 
         work = tokens * (layers * block_flops * again + last * head_flops) / tp
-        passes = (6 if recompute else 4) * layers + last            # forward, backward, again
+        passes = sums * layers + last           # forward, backward, again
         by_tp = 2 * (tp - 1) / tp * (passes * summed + first * x)   # an all-reduce each
         there_and_back = 6 if recompute else 4  # to the experts and from them, forward and backward
         by_ep = there_and_back * (ep - 1) / ep * summed * layers * shape.top_k

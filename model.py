@@ -107,8 +107,8 @@ class Config:
         if self.head_dim is None:
             self.head_dim = self.dim // self.heads
         if self.head_dim < 1 or self.position == "rope" and self.head_dim % 2:
-            raise ValueError(f"dim/heads={self.head_dim}, but RoPE turns pairs: pick an even width "
-                             f"of a head")
+            raise ValueError(f"head_dim={self.head_dim} (by itself dim/heads): must be at least 1, "
+                             f"and even with RoPE, which turns pairs")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.hidden is None:                 # 8/3: three matrices as large as two of width 4 C
@@ -844,14 +844,15 @@ def read_tensor(where, name, p, tp_group):
 
 def stage_blocks(config, n):
     """-> for each of n pipeline stages the range of its blocks, so that the slowest is as fast as
-    can be. A block counts what Config.active() says, on average, and T C for the scores; the head
-    V C; the embedding is a lookup, and counts nothing."""
+    can be. A block counts what Config.active() says, on average, and T x all heads' width for the
+    scores (causal); the head V C; the embedding is a lookup, and counts nothing."""
     if not 1 <= n <= config.layers:
         raise ValueError(f"{n} stages for {config.layers} layers: use 1 to {config.layers} stages "
                          f"(ranks x chunks), or more layers")
     block = sum(map(config.active, range(config.layers))) / config.layers
     head = config.vocab_size * config.dim
-    load = [0.0] * (n - 1) + [head / (block + config.seq_len * config.dim)]
+    scores = config.seq_len * config.heads * config.head_dim
+    load = [0.0] * (n - 1) + [head / (block + scores)]
     counts = [0] * n
     for _ in range(config.layers):              # one block each, then to who has least to do
         i = min(range(n), key=lambda i: (counts[i] > 0, load[i] + counts[i]))

@@ -33,9 +33,9 @@ PRESETS = {     # defaults of flags; the vocabulary: GPT-2's 50257 tokens, to a 
     "shakespeare": dict(layers=6, dim=384, heads=6, kv_heads=6, seq_len=256, batch_size=32,
                         dropout=0.15, lr=0.06, steps=650, eval_every=100),
     "gpt2": dict(layers=12, dim=768, heads=12, kv_heads=12, seq_len=1024, vocab_size=50304,
-                 batch_size=512, microbatches=16, loss_chunk=8192, compile=True, dtype="bf16"),
+                 batch_size=512, microbatch_size=32, loss_chunk=8192, compile=True, dtype="bf16"),
     "gpt2-medium": dict(layers=24, dim=1024, heads=16, kv_heads=16, seq_len=1024, vocab_size=50304,
-                        batch_size=512, microbatches=32, loss_chunk=8192, compile=True,
+                        batch_size=512, microbatch_size=16, loss_chunk=8192, compile=True,
                         dtype="bf16")}
 LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
@@ -88,6 +88,7 @@ def add_flags(add):                                     # add: a parser's add_ar
     add("--batch-size", type=int, default=4, help="sequences in a step, over all ranks")
     add("--microbatches", type=int, help="parts in which a rank takes its share; default: 1, "
         "with --pp as many as divide it, at most 4 a process of --pp")
+    add("--microbatch-size", type=int, help="instead: as few parts as have at most so many rows")
     add("--optimizer", choices=("muon", "adamw"), help="default: muon; with --zero, "
         "--tp and --peft adamw")
     add("--lr", type=float, help="peak learning rate; default: 0.04 for muon, 0.002 for adamw, "
@@ -167,8 +168,8 @@ def parse(argv):
     useless = [name for name in EXPERTS[1:] if getattr(args, name) != parser.get_default(name)]
     if useless and not args.experts and not args.init:
         raise ValueError(f"--{useless[0].replace('_', '-')} goes with --experts")
-    for name in ("steps", "batch_size", "microbatches", "nproc", "tp", "pp", "ep", "chunks", "keep",
-                 "save_every", "eval_every", "log_every", "timeout"):
+    for name in ("steps", "batch_size", "microbatches", "microbatch_size", "nproc", "tp", "pp",
+                 "ep", "chunks", "keep", "save_every", "eval_every", "log_every", "timeout"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use at least 1")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))
@@ -314,11 +315,16 @@ def model_config(args, tokens):
 
 
 def microbatches(args, dp):
-    """--microbatches, or 1; in a pipeline the most that divide a rank's rows, up to 4 a process of
-    it; for interleaved a multiple of --pp. ValueError: the batch does not split so."""
+    """--microbatches, or as many as --microbatch-size asks for, or 1; in a pipeline the most that
+    divide a rank's rows, up to 4 a process of it; for interleaved a multiple of --pp. ValueError:
+    the batch does not split so."""
     rows, step = args.batch_size // dp, args.pp if args.schedule == "interleaved" else 1
-    fits = [m for m in range(step, 4 * args.pp + 1, step) if rows % m == 0]
-    count = args.microbatches or (fits[-1] if args.pp > 1 and fits else 1)
+    fits = [m for m in range(step, rows + 1, step) if rows % m == 0]
+    if args.microbatch_size:
+        fits = [m for m in fits if rows <= m * args.microbatch_size][:1]
+    else:
+        fits = [m for m in fits if m <= 4 * args.pp] if args.pp > 1 else []
+    count = args.microbatches or (fits[-1] if fits else 1)
     if args.batch_size % (dp * count):
         raise ValueError(f"--batch-size {args.batch_size} does not split into {dp * count} parts, "
                          f"data-parallel ranks x microbatches: pick a multiple of {dp * count}")
@@ -344,7 +350,7 @@ def planned(args):
     dp = args.nproc // (args.tp * args.pp)
     if dp * args.tp * args.pp != args.nproc:
         raise ValueError(f"--nproc {args.nproc} is no multiple of --tp {args.tp} x --pp {args.pp}")
-    stage_blocks(config, args.pp * args.chunks)                 # both refuse what the run would
+    blocks = stage_blocks(config, args.pp * args.chunks)        # both refuse what the run would
     schedule(args.schedule, args.pp, microbatches(args, dp), args.chunks)
     for name, size in {"--vocab-size": config.vocab_size, "--hidden": shape.hidden,
                        "--seq-len": config.seq_len if args.sequence_parallel else 0}.items():
@@ -356,7 +362,8 @@ def planned(args):
                   microbatch=rows, recompute=args.recompute == "full",
                   sequence_parallel=args.sequence_parallel)
     needs = plan(shape, args.plan, args.batch_size, kinds=(2, 2, 12) if low else (4, 4, 8),
-                 loss_chunk=args.loss_chunk, product=2, **layout)
+                 loss_chunk=args.loss_chunk, product=2, counts=[len(part) for part in blocks],
+                 stops_early=True, **layout)
     return shape, layout, needs
 
 

@@ -100,8 +100,10 @@ def save(root, step, tensors, facts, settings=None, keep=2, score=None, group=No
 
     tensors: {name: tensor}, all the state there is. facts: {name: value}, what another run must
     share to read it. settings: for settings_of(), anything JSON holds. keep: how many of the newest
-    remain, beside the one of the lowest score. group: a process group of all ranks. OSError, on all
-    ranks, if it cannot be written; what was there before remains."""
+    remain, at least 1, beside the one of the lowest score. group: a process group of all ranks.
+    OSError, on all ranks, if it cannot be written; what was there before remains."""
+    if keep < 1:
+        raise ValueError(f"keep={keep}: at least 1 checkpoint must remain")
     folder = pathlib.Path(root, f"step_{step:07d}")
     beside = folder.with_suffix(".tmp")
 

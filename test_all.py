@@ -91,9 +91,11 @@ def slow(value):
 
 
 def mutant(name, line, broken):
-    """The file `name`.py as a module of its own, in which `broken` stands in place of `line`."""
+    """The file `name`.py as a module of its own, in which `broken` stands in place of `line`.
+    LookupError, which no test takes for a check's failure: the file does not hold `line` once."""
     source = (HERE / f"{name}.py").read_text()
-    assert source.count(line) == 1, f"{name}.py holds {line!r} {source.count(line)} times, not once"
+    if source.count(line) != 1:
+        raise LookupError(f"{name}.py holds {line!r} {source.count(line)} times, not once")
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, f"{name}_mutant.py")
         path.write_text(source.replace(line, broken))
@@ -1139,7 +1141,7 @@ def test_triton_half_precision_errs_no_more_than_sdpa():
                                for g, w in zip(got, want)])
             for name, ours, theirs in zip(("o", "dq", "dk", "dv"), *errors):
                 case = f"{name} {dtype} {D=} {causal=}: {ours:.1e}, SDPA {theirs:.1e}"
-                assert ours <= 1.02 * theirs, case
+                assert ours <= (1.1 if gpu else 1.02) * theirs, case       # there, cuDNN's
 
 
 @needs_triton
@@ -2674,6 +2676,7 @@ def test_ddp_and_zero_refuse_replicas_that_only_one_rank_knows(ranks):
 
 
 def _weights_stay_where_they_are():
+    torch.manual_seed(0)
     for stage in (1, 2):
         model = zero.Zero(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), stage, torch.optim.SGD,
                           lr=0.1)
@@ -4626,7 +4629,7 @@ def test_amp_the_scale_and_the_skipped_steps_are_those_of_torchs_grad_scaler():
     ("            g.mul_(1 / self.value)\n", "            pass\n"),
     ("self.growth_tracker = self.growth_tracker + 1 if good else 0", "self.growth_tracker += good"),
     ("self.value *= self.backoff_factor", "self.value *= 0.5"),
-    ("            self.growth_tracker = 0\n        if self", "        if self"),
+    ("            self.growth_tracker = 0\n        if good", "        if self"),
     ("self.finite, self.stepped = {}, set()\n        self.adapt", "self.adapt")])
 def test_amp_the_scaler_check_notices(line, broken):
     with pytest.raises((AssertionError, RuntimeError)):
@@ -4650,6 +4653,11 @@ def test_amp_a_scale_that_dies_is_an_error_and_a_growing_one_ends():
     before = w.detach().clone()
     with pytest.raises(FloatingPointError, match="the scale fell to 0.5, below min_scale=1"):
         steps(scaler, True, 1)
+    scaler.load_state_dict(scaler.state_dict() | {"growth_interval": 2})    # as GradScaler's may be
+    steps(scaler, False, 1)
+    assert scaler.get_scale() == 0.5                        # a good step blames nobody
+    with torch.no_grad():
+        w.copy_(before)
     fixed = amp.LossScaler(8.0, patience=3)
     steps(fixed, True, 2)
     steps(fixed, False, 1)
@@ -5105,8 +5113,8 @@ def test_amp_on_a_gpu():
         results = []
         for region in (amp.autocast(dtype), torch.autocast("cuda", dtype)):
             model = amp.Net().cuda()
-            with region:
-                loss = model(*batch)
+            with region, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                loss = model(*batch)                        # others may add in any order
             loss.backward()
             results.append([loss, *(p.grad for p in model.parameters())])
         assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -5207,8 +5215,8 @@ def test_checkpoint_changes_no_bit_of_loss_gradients_and_random_numbers():
     ("            set_random_state(self.random)\n", ""),
     ("stack.callback(set_random_state, now)", "pass"),
     ("requires_grad_(grad)", "requires_grad_(False)"),
-    ("return self.kept[self.next - 1]", "return self.kept[0]"),
-    ("torch.enable_grad(), outputs,", "outputs,")])
+    ("else iter(kept)", "else iter(kept[::-1])"),
+    ("*self.modes, torch.enable_grad(),", "*self.modes,")])
 def test_checkpoint_the_check_notices(line, broken):
     with pytest.raises((AssertionError, RuntimeError)):
         check_checkpoint_changes_nothing(mutant("checkpoint", line, broken))
@@ -5411,7 +5419,7 @@ def test_checkpoint_saved_bytes_equal_those_counted_by_hand():
 
 
 @pytest.mark.parametrize("line, broken", [
-    ("del self.kept[self.used:]", "pass"),
+    ("kept[:self.used]", "kept"),
     ("if storage._cdata not in old:", "if True:"), ("if place in counted", "if True"),
     ("ctx.save_for_backward(*tensors)", "ctx.tensors = tensors")])
 def test_checkpoint_the_bytes_check_notices(line, broken):
@@ -6465,6 +6473,8 @@ def test_resume_the_newest_is_that_of_the_highest_step_and_only_ours_count(tmp_p
     assert [path.name for path in resume.saved(tmp_path)] == ["step_10000000", "step_10000001"]
     assert (tmp_path / "step_notes.txt").read_text() == "mine"
     assert resume.load_last(tmp_path, state_of(1), {})[0] == 10_000_001
+    with pytest.raises(ValueError, match="keep=0: at least 1 checkpoint must remain"):
+        resume.save(tmp_path, 10_000_002, state_of(1), {}, keep=0)
     with mock.patch.object(resume.dcp, "save", side_effect=MemoryError):        # it has no text
         with pytest.raises(OSError, match="MemoryError"):
             resume.save(tmp_path, 7, state_of(1), {})
@@ -6643,7 +6653,7 @@ def test_metrics_a_trace_gives_time_traffic_and_memory():
     ("merged[-1][0], max(end, merged[-1][1])", "merged[-1][0], end"), ("begin = e\n", "pass\n"),
     ("if b >= end:", "if b > end + 50:"), ('"all_reduce": 2, ', '"all_reduce": 1, '),
     ("* (n - 1) / n if kind in BUS", "* 1 if kind in BUS"),
-    ('size *= (n or 1) if kind == "all_gather" else 1', "pass"),
+    ("size = size * n if n else None", "pass"),
     ("busy = without(busy, outside)", "pass"),
     ("exposed = without(sending, busy)", "exposed = sending"),
     ('kind == "cpu_op" and name.startswith("aten::")', 'kind == "cpu_op"'),
@@ -6784,6 +6794,12 @@ def test_train_plans_a_run_without_starting_it(capsys, tmp_path, monkeypatch):
                          kinds=(4, 4, 8), sequence_parallel=False, product=2)
     assert said[2].split()[:7] == ["2", "2", "2", "1", "2", "0", "4"]
     assert said[2].split()[-1] == f"{needs['mfu']:.1%}" and os.listdir(tmp_path) == []
+    cut = ("--plan H100 --nproc 2 --pp 2 --layers 4 --dim 64 --kv-heads 4 --hidden 176 --vocab-size"
+           " 2265 --seq-len 1024 --batch-size 32 --dtype bf16 --recompute full --optimizer adamw")
+    shape, layout, needs = options.planned(options.parse(cut.split()))     # cut as the model is
+    settings = dict(kinds=(4, 4, 8), product=2, stops_early=True, **layout)
+    assert needs == metrics.plan(shape, "H100", 32, counts=[3, 1], **settings)
+    assert needs != metrics.plan(shape, "H100", 32, **settings)
     capsys.readouterr()
     for flags, why in (("--nproc 6 --tp 4 --optimizer adamw", "is no multiple of --tp 4"),
                        ("--experts 4 --moe-every 2", "goes without"),
@@ -6813,7 +6829,8 @@ def check_plan_formulas(m):
         config = Config(vocab_size=300, layers=3, dim=64, heads=4, kv_heads=kv, hidden=hidden,
                         seq_len=32, mlp=mlp, qk_norm=norm, experts=experts, expert_hidden=hidden,
                         head_dim=head)
-        shape = m.Shape(3, 64, 4, kv, hidden, 300, 32, mlp == "swiglu", experts, 2, head, norm)
+        shape = m.Shape(3, 64, 4, kv, hidden, 300, 32, mlp == "swiglu", experts, 2, head, norm,
+                        norm_keeps=3)
         assert shape.flops() == config.flops()
         gpt = GPT(config)
         assert shape.parameters() == sum(p.numel() for p in gpt.parameters() if p.dim() > 1)
@@ -6873,12 +6890,19 @@ def check_plan_formulas(m):
         m.plan(moe, "A100", 64, dp=8, ep=3)
     for needs, published in m.llama3().values():
         assert abs(needs["mfu"] - published) < 0.01
-    kept = (6 + 4 + 2 * 4) * 12288 / 8 * 12                         # a token, 12 layers, a rank
+    kept = (4 + 4 + 2 * 4) * 12288 / 8 * 12                         # a token, 12 layers, a rank
     assert got["activations"] == pytest.approx(2 * 2048 * kept * 8 * (1 + 7 / 24), rel=1e-12)
     again = m.plan(shape, "A100", 64, tp=8, pp=8, chunks=3, recompute=True)
     assert again["activations"] == pytest.approx(
         2 * 2048 * (12 * 12288 / 8 * 8 * (1 + 7 / 24) + kept / 12), rel=1e-12)
     assert again["send"][0] == (12 * 12 + 2) * 7 / 8 * crossing     # the forward's once more
+    for split, sums in ((True, 5.5), (False, 5)):       # but for what follows its last product
+        early = m.plan(shape, "A100", 64, tp=8, pp=8, chunks=3, recompute=True, stops_early=True,
+                       sequence_parallel=split)
+        assert early["send"][0] == (12 * sums * 2 + 2) * 7 / 8 * crossing
+    with_experts = m.Shape(4, 64, 4, 4, 128, 256, 32, experts=4)
+    assert m.plan(with_experts, "A100", 4, recompute=True, stops_early=True) == m.plan(
+        with_experts, "A100", 4, recompute=True)
     check_plan_seconds(m, shape)
     for name, (shape, batch, layout, seconds, published) in m.MEGATRON.items():
         error = m.plan(shape, "A100", batch, **layout)["seconds"] / seconds - 1
@@ -6903,11 +6927,13 @@ def check_plan_seconds(m, shape):
         assert sending > hidden * computing                         # some of it is exposed
         assert got["seconds"] == pytest.approx(
             computing + sending - hidden * computing + state / 1e12, rel=1e-12), (parts, zero)
-    got = m.plan(shape, "ours", 16, dp=16, zero=1, recompute=True)  # backward runs forward again
-    computing = 16 * 2048 * (96 * work(block, 1) * 4 / 3 + 6 * head) / (50e12 * 16)
-    sending = 4 * 15 / 16 * (96 * block + 2 * head) / 5e9
-    assert got["seconds"] == pytest.approx(
-        computing + sending - 3 / 4 * computing + state / 1e12, rel=1e-12)
+    for early in (False, True):                                     # backward runs forward again
+        got = m.plan(shape, "ours", 16, dp=16, zero=1, recompute=True, stops_early=early)
+        again = work(block, 1) * 4 / 3 - early * 2 * 12288 * 49152
+        computing = 16 * 2048 * (96 * again + 6 * head) / (50e12 * 16)
+        sending = 4 * 15 / 16 * (96 * block + 2 * head) / 5e9
+        assert got["seconds"] == pytest.approx(
+            computing + sending - 3 / 4 * computing + state / 1e12, rel=1e-12), early
     near = m.plan(shape, "ours", 8, dp=8, zero=1)                   # one node: all is hidden
     assert near["seconds"] == pytest.approx(all_of_it + 2 * state / 1e12, rel=1e-12)
     more = m.plan(shape, "ours", 8 * 16, dp=8, zero=1)["seconds"] - 2 * state / 1e12
@@ -6926,7 +6952,7 @@ def check_plan_seconds(m, shape):
     needs = m.plan(large, "ours", 8, pp=2, zero=0)
     layers = 3 * (2 * 1024**2 * 2 + 3 * 1024 * 4096), 1             # cut: 3 + 1, which has the head
     logits = 12 * 1024 * 200_000
-    kept = 2 * 1024 * (10 * 1024 + 4 * 4096)
+    kept = 2 * 1024 * (8 * 1024 + 4 * 4096)
     assert m.cut(4, large.flops_of()[1] / large.flops_of()[0], 2) == [3, 1]
     assert needs["activations"] == pytest.approx(kept + logits, rel=1e-12)
     chunked = m.plan(large, "ours", 8, pp=2, zero=0, loss_chunk=256)
@@ -6963,15 +6989,19 @@ def test_metrics_plan_formulas_are_the_papers_and_the_models():
 @pytest.mark.parametrize("line, broken", [
     ("12 * self.seq_len * self.widths()[0]", "6 * self.seq_len * self.widths()[0]"),
     ("12 * self.seq_len * self.widths()[0]", "12 * self.seq_len * self.dim"),
-    ("normed / tp + 6 * wide", "normed / tp + 5 * wide"), ("q + kv if self.qk_norm else 0", "0"),
+    ("2 * keeps * self.dim", "5 * self.dim"), ("(q + kv) if self.qk_norm else 0", "0"),
+    ("(keeps - 1) * (q + kv)", "keeps * (q + kv)"),
     ("zip(kinds, (3, 2, 1))", "zip(kinds, (1, 2, 3))"),
     ("* min(alive, m)", "* alive * m"), ("pp - 1 - 2 * rank)", "pp - 1)"),
     ("chunks > 1 else pp - rank", "chunks > 1 else pp"), ("12 * flow * shape.vocab", "0 * flow"),
     ("12 * min(flow, loss_chunk)", "12 * flow"), ("logits, flow * whole", "0, flow * whole"),
     ("head * (i == n - 1)", "head"), ("(m * chunks)   # to fill", "m   # to"),
-    ("(6 if recompute else 4) * layers +", "4 * layers +"), ("layers + last  ", "layers "),
+    ("sums * layers +", "4 * layers +"), ("saves * (0.5 if", "saves * (1 if"),
+    ("6 - saves", "6 - 0"), ("- saves * 2 * C", "- saves * C"),
+    ("stops_early and not shape.experts", "stops_early"), ("layers + last  ", "layers "),
     ("+ first * x)", "+ x)"),
-    ("again = 4 / 3 if recompute else 1", "again = 1"), ("last * head_flops", "head_flops"),
+    ("again = 4 / 3 - saves * 2 * C * shape.hidden / block_flops if recompute else 1", "again = 1"),
+    ("last * head_flops", "head_flops"),
     ("2: (m, 1)", "2: (1, 1)"), ("3: (m, 2 * m)", "3: (m, m)"),
     ("to_gather * kinds[0]", "to_gather"),
     ("to_sum * kinds[1]", "to_sum * kinds[0]"), ("chunks * 2 - first - last if", "chunks * 2 if"),
@@ -6986,8 +7016,8 @@ def test_metrics_plan_formulas_are_the_papers_and_the_models():
     ("replicas = dp, dp // ep", "replicas = dp, dp"), ("/ (tp * ep)]", "/ tp]"),
     ("6 if recompute else 4  # to the experts", "2  # to"), ("layers * shape.top_k", "layers"),
     ("= attention + mlp * (self.top_k if self.experts else 1)", "= attention + mlp"),
-    ("normed + mlp * (self.top_k if self.experts else 1)", "normed + mlp"),
-    ("2 * wide * self.top_k if", "0 if")])
+    ("self.top_k if self.experts else 1)\n        whole", "1)\n        whole"),
+    ("2 * self.dim * self.top_k if", "0 if")])
 def test_metrics_the_plan_check_notices(line, broken):
     assert_caught(check_plan_formulas, mutant("metrics", line, broken))
 
@@ -7073,6 +7103,12 @@ def test_metrics_the_plan_has_the_traffic_of_real_runs(ranks, corpus, tmp_path):
             (2, "--microbatches 6 --tp 2 --dtype bf16", dict(tp=2, sequence_parallel=False,
                                                              product=2)),
             (2, "--microbatches 6 --tp 2 --sequence-parallel --dtype bf16", dict(tp=2, product=2)),
+            (2, "--microbatches 6 --tp 2 --recompute full", dict(
+                tp=2, sequence_parallel=False, recompute=True)),
+            (2, "--microbatches 6 --tp 2 --sequence-parallel --recompute full", dict(
+                tp=2, recompute=True)),
+            (2, "--microbatches 3 --experts 4 --ep 2 --recompute full", dict(
+                dp=2, ep=2, recompute=True)),
             (2, "--microbatches 6 --pp 2 --dtype bf16", dict(pp=2, product=2)),
             (2, "--microbatches 6 --pp 2", dict(pp=2)),
             (2, "--microbatches 6 --pp 2 --schedule interleaved", dict(pp=2, chunks=2)),
@@ -7089,7 +7125,8 @@ def test_metrics_the_plan_has_the_traffic_of_real_runs(ranks, corpus, tmp_path):
         folder = tmp_path / "_".join([str(n), *flags.split()])
         folder.mkdir()
         seen = ranks.run(_traffic_of_a_rank, n, [*argv, *flags.split()], str(folder))
-        want = metrics.plan(shape, "A100", 12, kinds=(4, 4, 8), microbatch=2, **layout)["send"]
+        want = metrics.plan(shape, "A100", 12, kinds=(4, 4, 8), microbatch=2, stops_early=True,
+                            **layout)["send"]
         for kinds, _ in seen:
             kinds.pop("recv", None)
             got, planned, off = sum(kinds.values()), sum(want), 0.02
@@ -7115,7 +7152,7 @@ def test_metrics_the_plan_has_the_activations_of_real_runs(ranks, corpus, tmp_pa
         folder = tmp_path / f"{layers}_{vocab}_{how}_{dtype}"
         folder.mkdir()
         [(_, got)] = ranks.run(_traffic_of_a_rank, 1, [*argv, "--data", corpus], str(folder))
-        shape = metrics.Shape(layers, 64, 4, 2, 160, vocab, 128, qk_norm=True)
+        shape = metrics.Shape(layers, 64, 4, 2, 160, vocab, 128, qk_norm=True, norm_keeps=3)
         want = metrics.plan(shape, "A100", 12, microbatch=12, recompute=how == "full",
                             kinds=(2, 2, 12) if "zero" in dtype else (4, 4, 8),
                             product=None if dtype == "fp32" else 2)
@@ -7126,8 +7163,10 @@ def test_metrics_the_plan_has_the_activations_of_real_runs(ranks, corpus, tmp_pa
 
 @pytest.mark.parametrize("n, flags", [(1, "--dtype bf16"), (2, "--dtype bf16"),
                                       (2, "--dtype bf16 --recompute full")])
-def test_train_the_plan_knows_autocasts_copies_and_ddps_buckets(ranks, corpus, tmp_path, n, flags):
+def test_train_the_plan_knows_autocasts_copies_and_ddps_buckets(ranks, corpus, tmp_path,
+                                                                monkeypatch, n, flags):
     """Of a model that is large beside its batch: 2 and 4 bytes a parameter, within 5 %."""
+    monkeypatch.setattr(options, "Shape", functools.partial(metrics.Shape, norm_keeps=3))
     argv = [*"--layers 4 --dim 256 --heads 4 --kv-heads 4 --hidden 1024 --seq-len 16 --batch-size 2"
             " --optimizer adamw --profile-every 0 --device cpu".split(), *flags.split(),
             "--data", corpus]
@@ -7614,7 +7653,7 @@ def test_model_rope_is_read_as_transformers_reads_it(tmp_path):
      'theirs.get("rope_theta") or rope.get("rope_theta")'),
     ('theirs.get("rope_scaling") or theirs.get("rope_parameters")',
      'theirs.get("rope_parameters") or theirs.get("rope_scaling")'),
-    ('"use_sliding_window", kind != "qwen3")', '"use_sliding_window", True)')])
+    ('kind != "qwen3" or theirs.get("use_sliding_window", False)', "True")])
 def test_model_the_rope_check_notices(tmp_path, line, broken):
     pytest.importorskip("transformers", reason="oracle: pip install transformers")
     with pytest.raises((AssertionError, ValueError)):
@@ -9355,6 +9394,25 @@ def test_train_presets_are_defaults_of_the_sizes_that_they_name():
     assert (args.layers, args.dim, args.heads) == (2, 96, 12)               # a flag wins
 
 
+def test_train_microbatches_are_as_large_as_asked_for_on_any_number_of_ranks():
+    def parts(dp, *flags):
+        return options.microbatches(options.parse([*flags, "--no-compile"]), dp)
+
+    gpt2 = "--preset", "gpt2"
+    assert [parts(dp, *gpt2) for dp in (1, 2, 8, 16, 32)] == [16, 8, 2, 1, 1]      # of 32 rows
+    assert parts(8, *gpt2, "--microbatches", "4") == 4
+    assert parts(1, *gpt2, "--loss-chunk", "0", "--pp", "2", "--schedule", "interleaved") == 16
+    rows = "--batch-size", "12", "--microbatch-size"
+    assert [parts(1, *rows, str(n)) for n in (1, 2, 3, 4, 5, 6, 11, 12, 99)] == [
+        12, 6, 4, 3, 3, 2, 2, 1, 1]
+    assert parts(3, *rows, "3") == 2
+    assert parts(1, *rows, "5", "--pp", "2", "--schedule", "interleaved") == 4     # rounds of 2
+    with pytest.raises(ValueError, match="does not split into 5 parts"):
+        parts(5, *rows, "3")
+    with pytest.raises(ValueError, match="--microbatch-size 0: use at least 1"):
+        parts(1, *rows, "0")
+
+
 def test_train_on_a_tokenizers_tokens_pads_the_vocabulary(ranks, corpus, tmp_path):
     pytest.importorskip("safetensors", reason="folders: pip install safetensors")
     folder = bpe(tmp_path / "tokens", vocab=300)
@@ -10857,9 +10915,9 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "options": {"model", "pp", "peft", "sft", "resume", "metrics"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics", "options"}}
-LONGEST = {"model": 870, "train": 895, "options": 370, "resume": 425, "metrics": 990, "zero": 640,
+LONGEST = {"model": 870, "train": 895, "options": 380, "resume": 425, "metrics": 1000, "zero": 640,
            "checkpoint": 650, "tp": 595, "pp": 820, "amp": 920, "ddp": 325, "moe": 585,
-           "peft": 960, "sft": 355, "rope": 306, "flash_triton": 315}      # others: 300
+           "peft": 960, "sft": 355, "rope": 306, "flash_triton": 315, "flash_attn": 315}
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
@@ -10961,6 +11019,19 @@ def test_house_a_group_takes_tensors_of_the_cpu_and_of_the_gpu(cuda, devices, tm
     for call in begun, also:
         found = BackendConfig(dist.Backend(call.call_args.args[0])).device_backend_map
         assert devices.items() <= found.items()
+
+
+@pytest.mark.parametrize("dtype, want", [("fp32", "highest"), ("bf16", "high")])
+def test_train_on_a_gpu_in_16_bits_muon_may_use_tf32(dtype, want, tmp_path):
+    with mock.patch.object(torch.cuda, "is_available", lambda: True), mock.patch.object(
+            torch.cuda, "device_count", lambda: 1), mock.patch.object(
+            torch.cuda, "set_device"), mock.patch.object(dist, "init_process_group"), (
+            mock.patch.object(train, "on_all_ranks", side_effect=ValueError)), (
+            mock.patch.object(train, "end_group")), mock.patch.object(
+            torch, "set_float32_matmul_precision") as precision:
+        with pytest.raises(SystemExit):
+            train.main(["--device", "cuda", "--dtype", dtype, "--out", str(tmp_path / "a")])
+    assert [call.args for call in precision.call_args_list] == [(want,)] * (want == "high")
 
 
 def test_house_every_copy_of_launch_is_the_same():

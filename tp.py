@@ -551,7 +551,7 @@ def bench(rounds):
     """Median ms of a block's forward and backward, torch's parallelize_module and ours in turn."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, parallel
-    cuda = torch.cuda.is_available() and dist.is_torchelastic_launched()
+    cuda = 1 <= int(os.environ.get("LOCAL_WORLD_SIZE", 0)) <= torch.cuda.device_count()
     device, B, T, C, H = ("cuda", 8, 2048, 4096, 32) if cuda else ("cpu", 4, 64, 256, 4)
     n, ways, times = dist.get_world_size(), {}, {}
     C, H = (3 * C // 4, 3 * H // 4) if n == 3 else (C, H)       # whole heads

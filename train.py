@@ -825,6 +825,8 @@ def main(argv):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            if args.dtype != "fp32":                    # then Muon's products may be TF32, too
+                torch.set_float32_matmul_precision("high")
         on_all_ranks(claim, args.out)                   # also later, where it is a new folder
         if dist.is_torchelastic_launched() and restarted(args):
             args = parse([*argv, "--resume"])

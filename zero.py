@@ -596,7 +596,7 @@ def bench(rounds):
     """Median ms of a step of AdamW, torch's own ways and ours in turn."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.optim import ZeroRedundancyOptimizer
-    cuda = torch.cuda.is_available() and dist.is_torchelastic_launched()
+    cuda = 1 <= int(os.environ.get("LOCAL_WORLD_SIZE", 0)) <= torch.cuda.device_count()
     device, C, depth = ("cuda", 1024, 12) if cuda else ("cpu", 256, 4)
     adamw, x, ways = torch.optim.AdamW, torch.randn(4, 16, C, device=device), {}
 
