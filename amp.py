@@ -167,10 +167,10 @@ class LossScaler:
     """scaler.scale(loss).backward(); scaler.unscale_(optimizer); clip; scaler.step(optimizer);
     scaler.update(). The verbs of torch.amp.GradScaler, with a scale that stays.
 
-    Gradients are divided in their own type; fp16 ones are refused: MasterWeights divides in fp32.
-    If one is inf or NaN, on any rank of group (None: of all ranks), step() does nothing, on all.
-    step() also unscales, if unscale_() did not. With several optimizers unscale all of them first:
-    then all step or none (GradScaler looks at each alone).
+    Gradients are divided in their own type, but not fp16 (MasterWeights does it in fp32). If one is
+    inf or NaN, on any rank of group (None: of all ranks), step() does nothing, on all. step() also
+    unscales, if unscale_() did not. With several optimizers unscale all first: then all step or
+    none (GradScaler looks at each alone).
     FloatingPointError: `patience` skipped steps in a row."""
 
     def __init__(self, init_scale=2.0**16, group=None, patience=20):
@@ -271,13 +271,12 @@ class DynamicLossScaler(LossScaler):
 
     def adapt(self, good):
         self.growth_tracker = self.growth_tracker + 1 if good else 0
-        if self.growth_tracker == self.growth_interval:
+        if not good:
+            self.value *= self.backoff_factor
+        elif self.growth_tracker == self.growth_interval:
             self.value = min(self.value * self.growth_factor, self.max_scale)
             self.growth_tracker = 0
-        if good:
-            return
-        self.value *= self.backoff_factor
-        if self.value < self.min_scale:
+        if not good and self.value < self.min_scale:
             raise FloatingPointError(
                 f"the scale fell to {self.value:g}, below min_scale={self.min_scale:g}: gradients "
                 f"are inf or NaN at any scale; look at the data and the forward, lower the rate")

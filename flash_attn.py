@@ -12,9 +12,10 @@ Cost     FLOPs stay O(T^2 D): the same in the forward; 7 matrix products instead
          O(T^2) (Dao 2022, theorem 1). A GPU gains speed because less crosses its main memory, HBM:
          Theta(T^2 D^2 / M) elements, M fitting on chip, not Theta(T D + T^2) (theorem 2). The tiles
          here explain that and save the memory; SDPA and flash_triton.py are fused, so faster.
-Paper    Dao et al. 2022, FlashAttention; Dao 2023, FlashAttention-2, algorithms 1 and 2; Milakov
-         and Gimelshein 2018, online softmax. GPT-3 (May 2020) and PaLM (April 2022) came out
-         before the first of Dao's papers (May 2022) and did not use it.
+Paper    Dao et al. 2022, FlashAttention (its forward has keys in the outer loop); Dao 2023,
+         FlashAttention-2, algorithms 1 and 2 (queries: each o is written once); Milakov and
+         Gimelshein 2018, online softmax. GPT-3 (May 2020) and PaLM (April 2022) came out before the
+         first of Dao's papers (May 2022) and did not use it.
 Run      python flash_attn.py            claims and figures/flash_attn.png, about 6 s
          python flash_attn.py --bench    milliseconds and TFLOP/s of all backends
 Left out dropout, second derivatives, sliding windows, packed documents.
@@ -51,7 +52,8 @@ def attention_reference(q, k, v, causal=True, scale=None):
 
 
 def partial(s, v):            # (.., R, keys), (.., keys, D) -> m, l (.., R, 1), o (.., R, D)
-    """Softmax over some keys, undivided: m = max s, l = sum exp(s - m), o = sum exp(s - m) v."""
+    """Softmax over some keys, undivided: m = max s, l = sum exp(s - m), o = sum exp(s - m) v.
+    Without m, exp would overflow: float32 ends at exp(88)."""
     m = s.amax(-1, keepdim=True)
     p = (s - m.masked_fill(m == -math.inf, 0)).exp()        # no key: exp(-inf - 0) = 0, not NaN
     return m, p.sum(-1, keepdim=True), p @ v

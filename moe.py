@@ -26,8 +26,9 @@ Paper    Shazeer et al. 2017 (arXiv 1701.06538); Fedus et al. 2021, Switch, eq. 
          Zoph et al. 2022, ST-MoE, z-loss (2202.08906); Jiang et al. 2024, Mixtral (2401.04088);
          Wang et al. 2024, bias without loss (2408.15664); DeepSeek-V3, section 2.1.2 (2412.19437)
 Run      python moe.py [--nproc N] [--bench]   or   torchrun --nproc-per-node N moe.py [--bench]
-Left out groups of experts, experts that choose tokens (not causal), fp8, exchange hidden behind
-         computing, a gather fused into the product: see DeepEP, Megatron-LM, SonicMoE
+Left out Shazeer's losses (squared coefficients of variation), groups of experts, experts that
+         choose tokens (not causal), fp8, exchange hidden behind computing, a gather fused into the
+         product: see DeepEP, Megatron-LM, SonicMoE
 """
 
 import argparse

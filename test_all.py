@@ -4629,7 +4629,7 @@ def test_amp_the_scale_and_the_skipped_steps_are_those_of_torchs_grad_scaler():
     ("            g.mul_(1 / self.value)\n", "            pass\n"),
     ("self.growth_tracker = self.growth_tracker + 1 if good else 0", "self.growth_tracker += good"),
     ("self.value *= self.backoff_factor", "self.value *= 0.5"),
-    ("            self.growth_tracker = 0\n        if good", "        if self"),
+    ("            self.growth_tracker = 0\n        if not", "        if not"),
     ("self.finite, self.stepped = {}, set()\n        self.adapt", "self.adapt")])
 def test_amp_the_scaler_check_notices(line, broken):
     with pytest.raises((AssertionError, RuntimeError)):
@@ -10350,6 +10350,99 @@ def test_heard_a_model_that_predicts_tokens_is_a_language_model(quoted):
     quoted(total[False, 1], total[False, 2])
 
 
+def counted_bits(text, held_out, order):
+    """Bits a byte under counts of up to `order` bytes, as Witten and Bell smooth them: after a
+    context seen N times, before T kinds of byte, one seen c times has (c + T p) / (N + T), p being
+    what the context shorter by one says."""
+    def grams(x, n):                            # each byte and the n before it, as one number
+        found = x.astype(np.uint64)
+        for i in range(1, n + 1):
+            found[i:] += x[:-i].astype(np.uint64) << np.uint64(8 * i)
+        return found
+
+    def look(keys, values, wanted):
+        i = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        return np.where(keys[i] == wanted, values[i], 0)
+
+    p = np.full(len(held_out), 1 / 256)
+    for n in range(order):
+        keys, counts = np.unique(grams(text, n)[n:], return_counts=True)
+        contexts, first = np.unique(keys >> np.uint64(8), return_index=True)
+        wanted = grams(held_out, n)
+        seen = look(contexts, np.add.reduceat(counts, first), wanted >> np.uint64(8))
+        kinds = look(contexts, np.diff(first, append=len(keys)), wanted >> np.uint64(8))
+        longer = (look(keys, counts, wanted) + kinds * p) / np.maximum(seen + kinds, 1)
+        p = np.where(seen > 0, longer, p)
+    return -np.log2(p).mean()
+
+
+def test_heard_a_language_model_is_a_neural_network(quoted):
+    """Counts are one, too. The train.py that is compared with them is the README's default run."""
+    few = np.frombuffer(b"abacaba" * 3, np.uint8)
+    assert counted_bits(few, few[:1], 1) == pytest.approx(-math.log2((12 + 3 / 256) / (21 + 3)))
+    text, held_out = data.standard_library()
+    bits = {order: counted_bits(text, held_out, order) for order in (1, 5)}
+    if AS_THE_README:
+        quoted(*bits.values())
+    trained = float(re.search(r"default run above reaches ([\d.]+) bits per byte", README)[1])
+    assert trained < bits[5] < bits[1]
+
+
+def test_heard_examples_in_the_prompt_train_the_model(quoted):
+    """x y x y ..., y looked up in a table of 4 words; those tested were in no training text."""
+    words, digits, count, generator = 4, 8, 16, seeded()
+    tables = torch.cartesian_prod(*[torch.arange(digits)] * words)
+    tables = tables[torch.randperm(len(tables), generator=generator)]
+
+    def texts(tables, n):
+        own = tables[torch.randint(len(tables), (n,), generator=generator)]
+        x = torch.randint(words, (n, count), generator=generator)
+        return x, torch.stack([digits + x, own.gather(1, x)], 2).flatten(1)
+
+    model = GPT(Config(vocab_size=digits + words, layers=2, dim=64, heads=4, seq_len=2 * count))
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = muon.Muon(matrices, 0.02), torch.optim.AdamW(others, 3e-3)
+    for _ in range(120):
+        _, tokens = texts(tables[:2048], 64)
+        model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    before = [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        x, tokens = texts(tables[2048:], 2048)
+        right = (model(tokens[:, :-1])[0][:, ::2].argmax(-1) == tokens[:, 1::2]).double()
+    known = torch.stack([(x[:, :i] == x[:, i:i + 1]).any(1) for i in range(count)], 1)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert right[known].mean() > 0.99 and abs(right[~known].mean() - 1 / digits) < 0.03
+    quoted(100 * right[known].mean())
+    for shots in (1, 2, 4, 15):                 # by theory: known words right, others by chance
+        chance = (1 - 1 / words) ** shots
+        assert abs(right[:, shots].mean() - (1 - chance + chance / digits)) < 0.03
+        quoted(100 * (1 - chance + chance / digits))
+
+
+def test_heard_abilities_emerge_suddenly(quoted):
+    """The same models, those of one training run, by two measures."""
+    keys, digits = 256, 8
+    facts = torch.randint(10, (keys, 1 + digits), generator=seeded())
+    facts[:, 0] = 10 + torch.arange(keys)
+    model = GPT(Config(vocab_size=10 + keys, layers=1, dim=32, heads=2, seq_len=digits))
+    optimizer, found = torch.optim.AdamW(model.parameters(), 3e-3), {}
+    for step in range(201):
+        logits, loss_ = model(facts[:, :-1], facts[:, 1:])
+        right = logits.argmax(-1) == facts[:, 1:]
+        found[step] = loss_.item(), right.double().mean(), right.all(1).double().mean()
+        loss_.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    nats, one, whole = zip(*(found[step] for step in (40, 80, 120, 160, 200)))
+    assert sorted(nats, reverse=True) == list(nats) and whole[2] < 0.03 < 0.5 < whole[4]
+    if AS_THE_README:
+        quoted(*nats, *(100 * share for share in (*one, whole[4])))
+
+
 def test_heard_perplexity_is_the_mean_of_the_batches_perplexities(quoted):
     nats = torch.tensor([2.0, 4.0])             # of two batches as long as each other
     quoted(nats.mean().exp().item(), nats.exp().mean().item())
@@ -10408,6 +10501,13 @@ def finetuned():
         model, scratch = peft.Net(), peft.Net()
     peft.train(model, code, 1e-2, 250)
     found = {("before", "code"): peft.held_out(model, code)}
+    for name, net, steps in (("after 15", model, 15), ("scratch, 120", scratch, 120),
+                             ("head alone", model, 60)):
+        net = copy.deepcopy(net).train()
+        for kind, p in net.named_parameters():
+            p.requires_grad_(name != "head alone" or kind.startswith("head."))
+        peft.train(net, manual, 1e-2, steps)
+        found[name, "manual"] = peft.held_out(net, manual)
     for name, net in (("after", model), ("scratch", scratch)):
         peft.train(net.train(), manual, 1e-2, 60)
         found[name, "manual"] = peft.held_out(net, manual)
@@ -10420,6 +10520,8 @@ def test_heard_fine_tuning_makes_a_model_better(finetuned, quoted):
         quoted(*finetuned.values())
     assert finetuned["after", "code"] > finetuned["before", "code"] + 0.1       # it forgets
     assert finetuned["after", "manual"] < finetuned["scratch", "manual"] - 0.1  # but knows more
+    assert finetuned["after 15", "manual"] < finetuned["scratch", "manual"] - 0.1   # from less
+    assert finetuned["after", "manual"] < finetuned["head alone", "manual"] - 0.03
 
 
 def test_heard_mfu_counts_the_flops_that_run(quoted):
@@ -10818,6 +10920,33 @@ def test_heard_autograd_makes_the_backward_of_tiles(quoted):
     quoted(kept["tiles", 512] / kept["tiles", 256])
 
 
+@pytest.mark.slow
+def test_heard_positions_added_to_the_input_do_as_well(quoted):
+    """200 steps of one model of Python code, T = 64; held-out nats."""
+    text, held_out = data.standard_library()
+    held_out, found = data.Windows(held_out, 64, shuffle=False), {}
+    for position in ("rope", "alibi", "sinusoidal", "learned", "none"):
+        windows = data.Windows(text, 64)
+        model = GPT(Config(vocab_size=256, layers=2, dim=64, heads=4, seq_len=64,
+                           position=position))
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+        others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+        optimizers = muon.Muon(matrices, 0.03), torch.optim.AdamW(others, 4e-3)
+        for step in range(200):
+            model(*data.examples(windows, range(16 * step, 16 * step + 16)))[1].backward()
+            for optimizer, lr in zip(optimizers, (0.03, 4e-3)):
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / 200)
+                optimizer.step()
+                optimizer.zero_grad()
+        with torch.no_grad():
+            some = range(0, held_out.count, held_out.count // 512)
+            found[position] = model(*data.examples(held_out, some))[1].item()
+    inside = max(found["rope"], found["alibi"])
+    assert inside + 0.08 < found["sinusoidal"] < min(found["learned"], found["none"]) - 0.05
+    if AS_THE_README:
+        quoted(*found.values())
+
+
 def test_heard_rope_on_any_layout(quoted):
     x = torch.randn(1, 8, 8, 16, generator=seeded())        # (B, T, H, D), as many heads as tokens
     cos, sin = rope.rope_table(8, 16)
@@ -10917,7 +11046,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
               "metrics", "options"}}
 LONGEST = {"model": 870, "train": 895, "options": 380, "resume": 425, "metrics": 1000, "zero": 640,
            "checkpoint": 650, "tp": 595, "pp": 820, "amp": 920, "ddp": 325, "moe": 585,
-           "peft": 960, "sft": 355, "rope": 306, "flash_triton": 315, "flash_attn": 315}
+           "peft": 960, "sft": 355, "rope": 306, "flash_triton": 315, "flash_attn": 318}
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
 DRAWS_NOTHING = {"flash_triton"}                            # its demo prints the compiler's report
