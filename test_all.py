@@ -6042,6 +6042,19 @@ for other, method, config in (theirs, "ia3", {}), (prompt, "prompt", {"length": 
     same(mine(x).logits, logits.logits[:, -7:], method)
     same(mine(x, labels=x).loss, logits.loss, method)
     assert (mine(x).logits - base(x).logits).abs().max() > 0.01
+prefix = peft.get_peft_model(llama(), peft.PrefixTuningConfig(task_type="CAUSAL_LM",
+                                                              num_virtual_tokens=5))
+made = prefix.prompt_encoder["default"].embedding.weight.data.normal_()
+mine = llama()
+ours.adapt(mine, "prefix", length=5, reparametrize=False)
+cos, sin = (t[0, 0] for t in mine.model.rotary_emb(base.lm_head.weight, torch.tensor([[5]])))
+for i, layer in enumerate(mine.model.layers):       # (P, layers, key or value, key heads, width)
+    own = made.view(5, 2, 2, 2, 6)[:, i].clone()
+    k = own[:, 0]                                   # theirs moves the text by 5 positions, not k
+    own[:, 0] = k * cos - torch.cat([-k[..., 3:], k[..., :3]], -1) * sin
+    layer.self_attn.adapters["default"].vectors.data.copy_(own.flatten(1))
+error = (mine(x).logits - prefix(x).logits).abs().max()
+assert error < 1e-5 < 0.01 < (mine(x).logits - base(x).logits).abs().max(), error
 gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(
     vocab_size=11, n_embd=24, n_layer=2, n_head=4, n_positions=32, bos_token_id=0,
     eos_token_id=0)).double().eval()
