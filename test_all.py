@@ -17,6 +17,7 @@ import functools
 import gc
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -2673,6 +2674,26 @@ def test_ddp_and_zero_refuse_replicas_that_only_one_rank_knows(ranks):
     """Instead of waiting for each other in different groups."""
     for wrap in ddp.DDP, _zero_1:
         ranks.run(_marked_on_one_rank, 2, wrap)
+
+
+def _in_another_order():
+    """-> what rank 1 gets to hear, which has registered the same layers the other way round."""
+    layers = {}
+    for name in "ab" if dist.get_rank() == 0 else "ba":
+        torch.manual_seed(ord(name))
+        layers[name] = nn.Linear(4, 4)
+    said = []
+    for wrap in ddp.DDP, _zero_1:
+        with pytest.raises(ValueError) as refused:
+            wrap(nn.ModuleDict(layers))
+        said.append(str(refused.value))
+    return said
+
+
+def test_ddp_and_zero_refuse_parameters_in_another_order(ranks):
+    """Flat buffers would average gradients of different layers."""
+    for said in ranks.run(_in_another_order, 2):
+        assert all("ranks 0 and 1 differ in their order" in text for text in said), said
 
 
 def _weights_stay_where_they_are():
@@ -5750,6 +5771,31 @@ def test_peft_names_match_whole_parts_and_unknown_ones_are_errors():
         peft.merge(tied)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_peft_a_merged_adapter_is_exact_and_waits_for_unmerge(method):
+    """Far from the start, where scales are 1 and B is 0."""
+    gpt, tokens = peft_model(), some_tokens()
+    peft.adapt(gpt, method)
+    want = moved(gpt)(tokens)[0]
+    weights = {name: p.clone() for name, p in gpt.named_parameters()}
+    peft.merge(gpt)
+    close(gpt(tokens)[0], want, 1e-11, method)
+    with pytest.raises(ValueError, match="merged already: unmerge"):
+        peft.merge(gpt)
+    with pytest.raises(ValueError, match="an adapter is merged: unmerge"):
+        peft.activate(gpt, None)
+    peft.unmerge(gpt)
+    assert all(torch.equal(p, weights[name]) for name, p in gpt.named_parameters())
+
+
+def test_peft_lora_drops_a_share_of_its_input_in_training():
+    gpt, tokens = peft_model(), some_tokens()
+    peft.adapt(gpt, "lora", dropout=0.5)
+    moved(gpt).train()
+    assert not torch.equal(gpt(tokens)[0], gpt(tokens)[0])
+    assert torch.equal(gpt.eval()(tokens)[0], gpt(tokens)[0])
+
+
 def test_peft_prefix_is_keys_and_values_before_those_of_every_layer():
     tokens = some_tokens()
     for position in ("rope", "alibi"):
@@ -6130,6 +6176,14 @@ def test_data_the_epoch_check_notices_random_windows():
     )
 
 
+def test_data_every_epoch_cuts_the_text_elsewhere():
+    windows, offsets = data.Windows(np.arange(1000, dtype=np.uint16), 37, seed=1), set()
+    for epoch in range(8):
+        windows[epoch * windows.count]
+        offsets.add(int(windows.starts.min()))
+    assert len(offsets) > 4 and max(offsets) < 37
+
+
 def test_data_a_window_is_a_function_of_seed_and_number():
     text = np.random.default_rng(0).integers(256, size=5000, dtype=np.uint8)
     forward, other = data.Windows(text, 30, seed=3), data.Windows(text, 30, seed=4)
@@ -6237,6 +6291,7 @@ def check_pairs_hold_the_completion_as_target(module):
     assert rows.left_out == 1 and rows.count == 2 and torch.equal(x[2], x[0])
     assert rows.targets([0, 1, 2]) == 2 + 3 + 2 == (y != -100).sum()
     assert rows.tokens_per_byte == 1                        # of bytes, each end counts as one
+    assert module.Pairs([([1], [2, 3], 10), ([1], [4], 5)], 9).tokens_per_byte == 3 / 15
     assert module.Pairs(pairs, 9).left_out == 0             # as long as a row and its last target
     many = [module.split_pair(f"{i}:", "x", module.Bytes()) for i in range(50)]
     rows = module.Pairs(many, 9, seed=3)
@@ -6507,6 +6562,9 @@ def check_an_index_runs_no_code(module, folder):
 
 def test_resume_an_index_runs_no_code(tmp_path):
     check_an_index_runs_no_code(resume, tmp_path)
+    for name in (torch.load, pathlib.Path, torch.nn.Linear):        # though they are torch's
+        with pytest.raises(pickle.UnpicklingError, match="its index asks for"):
+            resume.TensorsOnly(io.BytesIO(pickle.dumps(name))).load()
 
 
 def test_resume_the_code_check_notices_a_plain_unpickler(tmp_path):
@@ -6792,6 +6850,22 @@ def test_metrics_stderr_of_a_profiled_step_is_kept_but_for_one_line(capfd):
         os.write(2, b"why\n")
         1 / 0
     assert capfd.readouterr().err == "why\n"
+
+
+def test_train_plans_16_bit_weights_with_zero_alone():
+    argv = ("--plan H100 --nproc 4 --batch-size 8 --optimizer adamw --dtype bf16 --microbatches 1 "
+            "--zero").split()
+    for zero, kinds in ((0, (4, 4, 8)), (1, (2, 2, 12)), (3, (2, 2, 12))):
+        shape, layout, needs = options.planned(options.parse([*argv, str(zero)]))
+        assert needs == metrics.plan(shape, "H100", 8, kinds=kinds, product=2, counts=[3],
+                                     stops_early=True, **layout), zero
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists() or torch.cuda.is_initialized(),
+                    reason="asks Linux, of a process without a GPU")
+def test_metrics_peak_memory_of_a_process_is_in_bytes():
+    most = re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    assert metrics.memory_now()["memory_peak"] == pytest.approx(1024 * int(most[1]), rel=0.05)
 
 
 def test_train_plans_a_run_without_starting_it(capsys, tmp_path, monkeypatch):
@@ -7279,6 +7353,25 @@ def some_tokens(rows=2, length=9, vocabulary=11):
 POSITIONS = ["rope", "sinusoidal", "learned", "alibi", "none"]
 
 
+def test_model_dropout_drops_its_share_wherever_it_works():
+    gpt, shares = make(dropout=0.5), []
+    for layer in gpt.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.register_forward_hook(lambda _, given, out: shares.append(
+                ((out == 0) & (given[0] != 0)).double().mean().item()))
+    gpt(some_tokens(40))
+    assert len(shares) == 1 + 2 * gpt.config.layers
+    assert all(abs(share - 0.5) < 0.05 for share in shares), shares
+
+
+def test_model_temperature_sharpens_or_flattens_the_choice():
+    logits = torch.tensor([[0.8, 0.2]]).log().expand(20_000, 2)
+    for temperature in (0.5, 1.0, 2.0):
+        odds = 4 ** (1 / temperature)
+        share = (model_module.pick(logits, temperature, None, seeded()) == 0).double().mean()
+        assert abs(share - odds / (odds + 1)) < 0.01, temperature
+
+
 def check_no_token_sees_the_future(module):
     for position in POSITIONS:
         gpt, tokens = make(position=position), some_tokens()
@@ -7673,6 +7766,15 @@ def test_model_the_rope_check_notices(tmp_path, line, broken):
         check_rope_is_read_as_transformers_reads_it(mutant("model", line, broken), tmp_path)
 
 
+def test_model_biases_that_it_lacks_are_refused(tmp_path):
+    pytest.importorskip("safetensors", reason="folders: pip install safetensors")
+    GPT(Config(vocab_size=256, layers=1, dim=8, heads=2, seq_len=8)).save_pretrained(tmp_path / "a")
+    theirs = json.loads((tmp_path / "a" / "config.json").read_text())
+    for key in ("attention_bias", "mlp_bias"):
+        with pytest.raises(ValueError, match=f"{key}=True: only False is known here"):
+            model_module.config_of({**theirs, key: True})
+
+
 def test_model_a_base_in_the_rope_dict_comes_back(tmp_path):
     pytest.importorskip("safetensors", reason="folders: pip install safetensors")
     gpt = GPT(Config(**{**SMALL, "rope_scaling": {"rope_type": "default", "rope_theta": 50.0}}))
@@ -7888,10 +7990,12 @@ def _model_tp(change=None):
             norm = nn.utils.get_total_norm([p.grad for p in dense.parameters()])
             close(tp.grad_norm(split.parameters(), group), norm, 1e-11, f"{name} norm")
             if config.causal:
+                modes = [getattr(m, "sequence_parallel", None) for m in split.modules()]
                 both = (m.generate(x[:, :5], 9, temperature=0) for m in (split, dense))
                 assert torch.equal(*both), f"max error: {name} generates something else"
                 torch.manual_seed(rank)         # ranks that would draw different tokens
                 assert gathered_equal(split.generate(x[:, :5], 9)), f"max error: {name} drawn apart"
+                assert modes == [getattr(m, "sequence_parallel", None) for m in split.modules()]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, slow(4)])
@@ -9424,6 +9528,179 @@ def test_train_microbatches_are_as_large_as_asked_for_on_any_number_of_ranks():
         parts(5, *rows, "3")
     with pytest.raises(ValueError, match="--microbatch-size 0: use at least 1"):
         parts(1, *rows, "0")
+
+
+def test_train_the_rate_rises_and_falls_as_the_log_says(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "8", "--optimizer", "adamw", "--lr", "0.01"]
+    for warmup in (0, 4):
+        out = tmp_path / str(warmup)
+        ranks.run(_train, 1, [*argv, "--warmup", str(warmup), "--out", str(out)])
+        want = [0.01 * min(1, (step + 1) / max(1, warmup)) * (1 - step / 8) for step in range(8)]
+        assert [record["lr"] for record in records(out)] == pytest.approx(want, rel=1e-12)
+
+
+def _largest_change(argv):
+    """Of all weights, in one step."""
+    trainer = train.Trainer(options.parse(argv))
+    before = {name: t.clone() for name, t in trainer.tensors().items() if name.startswith("model")}
+    trainer.backward()
+    trainer.update()
+    after = trainer.tensors()
+    return max((after[name] - t).abs().max().item() for name, t in before.items())
+
+
+@pytest.mark.parametrize("n, flags", [(1, []), (2, ["--zero", "2"]), (2, ["--tp", "2"]),
+                                      (2, ["--pp", "2"])])
+def test_train_clip_limits_gradients_in_every_layout(ranks, corpus, tmp_path, n, flags):
+    """AdamW's first steps are as long for any gradient, but for one beside which eps = 1e-8 is
+    large."""
+    argv = [*TINY, "--data", corpus, "--optimizer", "adamw", "--lr", "0.01", *flags]
+    for clip, least, most in (("1e-9", 0, 2e-4), ("0", 0.0099, 0.0101), ("9", 0.0099, 0.0101)):
+        changes = ranks.run(_largest_change, n, [*argv, "--clip", clip, "--out",
+                                                 str(tmp_path / clip)])
+        assert least <= max(changes) <= most, (clip, changes)
+
+
+def _losses_of_one_batch(argv, steps):
+    trainer = train.Trainer(options.parse(argv))
+    batch = trainer.examples(trainer.windows, range(12))
+    trainer.examples, losses = lambda windows, numbers: batch, []
+    for trainer.step in steps:
+        losses.append(float(trainer.backward()))
+    return losses
+
+
+def test_train_each_step_has_dropout_masks_of_its_own(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--dropout", "0.5", "--out", str(tmp_path / "run")]
+    [[first, again, next_]] = ranks.run(_losses_of_one_batch, 1, argv, (3, 3, 4))
+    assert first == again != next_
+
+
+@pytest.mark.parametrize("method", ["prompt", "p_tuning"])
+def test_train_a_prompt_finds_room_and_writes_a_sample(ranks, corpus, pretrained, tmp_path, method):
+    ranks.run(_train, 1, [*TINY[6:], "--data", corpus, "--init", pretrained, "--peft", method,
+                          "--steps", "1", "--out", str(tmp_path / "run")], True)
+    assert (tmp_path / "run" / "sample.txt").exists()
+
+
+def _kept_of(argv, scores):
+    trainer = train.Trainer(options.parse(argv))
+    trainer.evaluate = lambda most=None: scores[trainer.step - 1]
+    trainer.train()
+    return [path.name[-1] for path in resume.saved(trainer.out)]
+
+
+def test_train_keeps_the_best_checkpoint_and_as_many_as_asked_for(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "6", "--save-every", "1", "--eval-every", "1"]
+    for keep, want in ((1, "26"), (3, "2456")):
+        [got] = ranks.run(_kept_of, 1, [*argv, "--keep", str(keep), "--out", str(tmp_path / want)],
+                          [3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+        assert "".join(got) == want
+
+
+@pytest.mark.parametrize("nproc", ["1", slow("2")])
+def test_train_a_run_that_gives_up_says_so_and_exits_with_1(corpus, tmp_path, nproc):
+    run = command(*TINY, "--data", corpus, "--steps", "30", "--optimizer", "adamw", "--lr", "1e18",
+                  "--clip", "0", "--nproc", nproc, "--out", str(tmp_path / "nan"))
+    assert run.returncode == 1 and run.stderr.count("first not finite in step") == 1, run.stderr
+
+
+def _spoiled_on_one_stage(argv):
+    trainer = train.Trainer(options.parse(argv))
+    update = trainer.update
+
+    def update_and_spoil():
+        norm = update()
+        if trainer.rank == 1 and trainer.step == 2:
+            next(trainer.model.parameters()).data.fill_(math.nan)
+        return norm
+    trainer.update = update_and_spoil
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    return str(ended.value), resume.saved(trainer.out)
+
+
+def test_train_no_stage_saves_what_is_not_finite_on_another(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "4", "--save-every", "2", "--pp", "2", "--out",
+            str(tmp_path / "run")]
+    for said, saved in ranks.run(_spoiled_on_one_stage, 2, argv):
+        assert "not finite after step 2, and not saved" in said and not saved
+
+
+def test_train_resumes_with_the_same_pairs_alone(ranks, pairs, tmp_path):
+    lines = pathlib.Path(pairs).read_text().splitlines(keepends=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(lines[1:] + lines[:1]))                        # as many
+    argv = [*TINY, "--out", str(tmp_path / "run")]
+    ranks.run(_train, 1, [*argv, "--data", pairs, "--steps", "1"])
+    with pytest.raises(AssertionError, match="data"):
+        ranks.run(_train, 1, [*argv, "--data", str(other), "--steps", "2", "--resume"])
+    ranks.run(_train, 1, [*argv, "--data", pairs, "--steps", "2", "--resume"])
+
+
+def test_train_refuses_zero_in_a_pipeline_whose_ends_share_a_weight(ranks, corpus, tmp_path):
+    pytest.importorskip("safetensors", reason="folders: pip install safetensors")
+    GPT(Config(vocab_size=256, layers=2, dim=16, heads=2, seq_len=32, tied=True,
+               qk_norm=False)).save_pretrained(tmp_path / "tied")
+    argv = [*TINY[6:], "--data", corpus, "--init", str(tmp_path / "tied"), "--pp", "2",
+            "--optimizer", "adamw", "--out", str(tmp_path / "run")]
+    with pytest.raises(AssertionError, match="--pp with --zero: not for a model whose head is"):
+        ranks.run(_train, 2, [*argv, "--zero", "1"])
+
+
+def test_train_a_timeout_reaches_the_groups_of_every_axis():
+    with mock.patch.object(dist, "get_world_size", lambda: 4), mock.patch.object(
+            dist, "new_subgroups_by_enumeration", return_value=(None, None)) as made:
+        train.group_along(2, (2, 1, 2), 7)
+    assert made.call_args.args == ([[0, 1], [2, 3]], train.datetime.timedelta(seconds=7))
+
+
+def _ranks_of_the_report(argv):
+    asked = []
+    with mock.patch.object(train, "report", lambda trace, n: asked.append(n) or {}):
+        trainer = train.Trainer(options.parse(argv))
+        trainer.train()
+    return asked
+
+
+def test_train_bandwidth_is_only_of_groups_of_one_known_size(ranks, corpus, tmp_path):
+    argv = [*TINY, "--data", corpus, "--steps", "1", "--profile-every", "1", "--optimizer", "adamw"]
+    for i, (n, flags, want) in enumerate(((2, "", 2), (2, "--tp 2", 2), (4, "--tp 2", None),
+                                          (2, "--experts 4 --ep 2", None))):
+        asked = ranks.run(_ranks_of_the_report, n, [*argv, *flags.split(), "--out",
+                                                    str(tmp_path / str(i))])
+        assert asked == [[want]] + [[]] * (n - 1), flags
+
+
+@pytest.mark.parametrize("flag", ["steps", "batch-size", "microbatches", "microbatch-size", "nproc",
+                                  "tp", "pp", "ep", "chunks", "keep", "save-every", "eval-every",
+                                  "log-every", "timeout"])
+def test_train_what_is_counted_is_at_least_one(flag):
+    with pytest.raises(ValueError, match=f"--{flag} 0: use at least 1"):
+        options.parse([f"--{flag}", "0"])
+
+
+def test_train_scales_that_belong_near_1_are_not_shrunk():
+    for method in ("ia3", "dora"):
+        with pytest.raises(ValueError, match="would shrink, and the base with them"):
+            options.parse(["--init", "x", "--peft", method, "--weight-decay", "0.1"])
+    options.parse(["--init", "x", "--peft", "lora", "--weight-decay", "0.1"])
+
+
+def test_train_a_full_disk_is_one_line_that_says_what_to_do(corpus, tmp_path):
+    code = """
+import sys, resume, train
+def fails(*_, **__):
+    raise OSError("No space left on device")
+resume.dcp.save = fails
+train.main(sys.argv[1:])
+"""
+    run = subprocess.run([sys.executable, "-c", code, *TINY, "--data", corpus, "--steps", "2",
+                          "--out", str(tmp_path / "run")], cwd=HERE, capture_output=True, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    said = run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and said.startswith("error: cannot write: "), run.stderr
+    assert said.endswith("No checkpoint is there yet: make room, and start again")
 
 
 def test_train_on_a_tokenizers_tokens_pads_the_vocabulary(ranks, corpus, tmp_path):

@@ -443,8 +443,8 @@ def refuse(problem, module, stage, group):
         everyone = [None] * dist.get_world_size(ranks)
         dist.all_gather_object(everyone, (problem, mine), group=ranks)
         for rank, (theirs, other) in enumerate(everyone):
-            both = sorted(set(other) ^ set(everyone[0][1]))[:2]
-            if both:
+            if other != everyone[0][1]:
+                both = sorted(set(other) ^ set(everyone[0][1]))[:2] or "their order"
                 theirs = theirs or f"ranks 0 and {rank} differ in {both}: build one model, " \
                                    f"from one seed"
             problem = problem or theirs
