@@ -271,13 +271,15 @@ def actions_of(schedule, rank):
 
 
 class DeferredLinear(torch.autograd.Function):
-    """F.linear whose backward gives dL/dx and leaves dL/dW to whoever holds `defer.pending`."""
+    """F.linear whose backward gives dL/dx and leaves dL/dW to whoever holds `defer.pending`.
+    leaves: weight and bias, in a tuple, where autograd does not see them: their hooks would else
+    be called now, with None. anchor: asks for a backward where x does not."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, defer):
-        ctx.save_for_backward(x, weight)
-        ctx.leaves, ctx.defer = (weight, bias), defer       # a recomputed `weight` is only an alias
-        return F.linear(x, weight, bias)
+    def forward(ctx, x, anchor, leaves, defer):
+        ctx.save_for_backward(x, leaves[0])
+        ctx.leaves, ctx.defer = leaves, defer   # what is recomputed of leaves[0] is only an alias
+        return F.linear(x, *leaves)
 
     @staticmethod
     def backward(ctx, dy):
@@ -293,7 +295,7 @@ class Defer(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.pending = []
+        self.pending, self.anchor = [], torch.empty(0, requires_grad=True)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.linear and torch.is_grad_enabled():
@@ -305,7 +307,7 @@ class Defer(TorchFunctionMode):
         if not all(trained):
             return F.linear(x, weight, bias)
         x = x.to((x.new_empty(0, 1) @ x.new_empty(1, 0)).dtype)     # under autocast a lower one
-        return DeferredLinear.apply(x, weight, bias, self)
+        return DeferredLinear.apply(x, self.anchor, (weight, bias), self)
 
     @staticmethod
     def finish(pending):

@@ -849,11 +849,21 @@ def test_flash_needs_the_flops_of_dense_attention_forward_and_7_products_instead
     assert flops["torch"] == (2 * product, 7 * product)
 
 
-def test_flash_causal_skips_the_tiles_above_the_diagonal():
+def check_flash_causal_skips_tiles(flash_attn):
     with FlopCounterMode(display=False) as counter:
-        flash_attn.flash_attention(*flash_inputs(2, 2, 128, 128), backend="torch", block=32)
-    full = 2 * 2 * 2 * 2 * 128 * 128 * 8
-    assert counter.get_total_flops() == full * 10 // 16  # 4 + 3 + 2 + 1 of 4 x 4 tiles
+        o = flash_attn.flash_attention(*flash_inputs(2, 2, 128, 128), backend="torch", block=32)
+        forward = counter.get_total_flops()
+        o.sum().backward()
+    product = 2 * 2 * 2 * 128 * 128 * 8
+    assert forward == 2 * product * 10 // 16    # 4 + 3 + 2 + 1 of 4 x 4 tiles
+    assert counter.get_total_flops() - forward == 5 * product * 10 // 16
+
+
+def test_flash_causal_skips_the_tiles_above_the_diagonal():
+    check_flash_causal_skips_tiles(flash_attn)
+    for line, broken in (("min(Tk, i + block + shift)", "Tk"),
+                         ("range(max(0, j - shift) // block * block, Tq", "range(0, Tq")):
+        assert_caught(check_flash_causal_skips_tiles, mutant("flash_attn", line, broken))
 
 
 def test_flash_lse_is_the_logsumexp_of_the_scores():
@@ -1579,6 +1589,12 @@ def check_loss_equals_whole_logits(module):
     out = module.chunked_cross_entropy(x, weight, targets, 7)
     first, again = (torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, again)
+    padded, results = targets.where(targets != -100, 7), []             # another label for padding
+    for out in (module.chunked_cross_entropy(x, weight, padded, 7, ignore_index=7),
+                F.cross_entropy(x @ weight.T, padded, ignore_index=7)):
+        results.append([out, *torch.autograd.grad(out, (x, weight))])
+    for a, b, what in zip(*results, ("loss", "dx", "dW")):
+        close(a, b, 1e-13, f"{what}, ignore_index=7")
 
 
 def test_loss_in_chunks_and_its_gradients_equal_those_of_whole_logits():
@@ -1589,6 +1605,7 @@ def test_loss_in_chunks_and_its_gradients_equal_those_of_whole_logits():
     ("label, -counted.to(dz.dtype)", "label, -0.9 * counted.to(dz.dtype)"),
     ("log_sum.where(counted, math.inf)", "log_sum"), ("label, -counted", "label, -1 - 0 * counted"),
     (".where(counted, 0).sum()\n", ".sum()\n"),
+    ("count = (targets != ignore_index).sum()", "count = (targets != -100).sum()"),
     ("g / count.clamp(min=1)", "g / len(dx)"), ("dw += dz.mT @ part", "dw = dz.mT @ part"),
     ("d if d is None else (d.to(g.dtype) * g)", "d if d is None else (d / count)")])
 def test_loss_the_check_notices(line, broken):
@@ -1621,6 +1638,10 @@ def check_loss_in_low_precision(module):
                 close(a, b, limit * b.abs().max().item(), dtype)
                 norm = a.norm() / b.norm() - 1
                 assert abs(norm) < limit, (dtype, norm)
+    # Each of 1024 chunks adds 1/2 to dW. A bf16 sum would end at 128: 128 + 1/2 is 128 there.
+    x, weight = torch.ones(1024, 3).bfloat16(), torch.zeros(2, 3).bfloat16().requires_grad_()
+    module.chunked_cross_entropy(x, weight, torch.zeros(1024, dtype=torch.long), 1).backward()
+    close(weight.grad, torch.tensor([[-0.5], [0.5]]).expand(2, 3), 1e-2, "dW of a bf16 weight")
 
 
 def test_loss_products_are_in_the_type_of_autocast_and_lose_nothing_to_the_mean():
@@ -1628,6 +1649,8 @@ def test_loss_products_are_in_the_type_of_autocast_and_lose_nothing_to_the_mean(
     assert_caught(check_loss_in_low_precision, mutant(
         "loss", "return nats, dz.to(z.dtype)",
         "return nats, (dz / 1e6).to(z.dtype).float().mul(1e6).to(z.dtype)"))
+    assert_caught(check_loss_in_low_precision, mutant(
+        "loss", "torch.zeros_like(weight, dtype=wide)", "torch.zeros_like(weight)"))
 
 
 def check_loss_memory(module):
@@ -1759,7 +1782,10 @@ def _ddp_full_batch(change=None):
             total = m.global_mean(ddp_loss_sum(model, mine), len(mine))
             if len(mine):
                 total.backward()
+            early = torch.tensor(len(model._sent))
             model.sync()
+            dist.all_reduce(early)              # so that no rank is left waiting for one that fails
+            assert overlap or early == 0, "sent before sync()"
             ddp_close_grads(model.module, reference)
             kept = [p.grad for p in trained]
             copies = [g.clone() for g in kept]
@@ -1801,9 +1827,10 @@ def test_ddp_gradients_equal_the_full_batch_with_unequal_rows_and_accumulation(r
     ("self.broadcast(tensors.values())", "pass"),
     ("self._ready.issuperset(self.buckets[len(self._sent)])", "True"),
     ("return loss_sum * dist.get_world_size(group) / total", "return loss_sum / max(1, count)"),
-    ("torch.zeros_like(p) if p.grad is None", "torch.ones_like(p) if p.grad is None")])
+    ("torch.zeros_like(p) if p.grad is None", "torch.ones_like(p) if p.grad is None"),
+    ("while (self.overlap and len(self._sent)", "while (len(self._sent)")])
 def test_the_full_batch_check_notices(ranks, line, broken):
-    with pytest.raises(AssertionError, match="max error"):
+    with pytest.raises(AssertionError, match="max error|sent before"):
         ranks.run(_ddp_full_batch, 3, (line, broken))
 
 
@@ -1964,6 +1991,9 @@ def _ddp_refusals():
             ValueError, match=r"ranks 0 and 1 differ in .*requires_grad.*build the same model"
         ):
             ddp.DDP(others[0] if rank != 1 else other)
+    pair = [("a", nn.Linear(4, 4)), ("b", nn.Linear(4, 4))]
+    with pytest.raises(ValueError, match="ranks 0 and 1 differ in their order"):
+        ddp.DDP(nn.ModuleDict(pair[::-1] if rank == 1 else pair))
     with pytest.raises(ValueError, match="bucket_mb=25"):
         ddp.DDP(others[0], bucket_mb=25 + rank)
     for bad in 0, -1, float("nan"):
@@ -2000,9 +2030,13 @@ def test_ddp_refuses_different_models_and_forgotten_syncs_on_all_ranks(ranks):
 def _ddp_buffers_groups_dtypes():
     rank, n = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)
-    model = ddp.DDP(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    net[1].running_mean.fill_(5 - rank)         # as if only the first rank had loaded a checkpoint
+    model = ddp.DDP(net)
     x = torch.randn(6, 3, generator=seeded(rank))
     assert gathered_equal(model.module[0].weight), "not the same start"
+    mean = model.module[1].running_mean
+    assert gathered_equal(mean) and (mean == 5).all(), "not the same statistics at the start"
     model(x).sum().backward()
     model.sync()
     assert not gathered_equal(model.module[1].running_mean), "vacuous: statistics agree anyway"
@@ -2034,6 +2068,11 @@ def _ddp_buffers_groups_dtypes():
     assert (
         single.weight.grad is before and not single.weight._post_accumulate_grad_hooks
     ), "a group of one has a cost"
+
+    half = ddp.DDP(nn.Linear(1, 3, bias=False).half())      # fp16 cannot hold the sum of three
+    half(torch.full((1, 1), 40000.0).half()).sum().backward()
+    half.sync()
+    close(half.module.weight.grad, torch.full((3, 1), 40000.0), 64, "mean of large numbers in fp16")
 
     mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2))
     for bucket in ddp.DDP(mixed).buckets:
@@ -2502,6 +2541,11 @@ def _zero_bytes(change=None):
                     kinds[1] * (part if stage >= 2 else sum(sizes)),
                     kinds[2] * part + 4 * len(sizes)]           # 4: Adam's number of steps
             assert m.held(model) == want, f"{dtype} stage {stage}: {m.held(model)}, not {want}"
+            for unit in model.units:            # which holds nothing that held() does not count
+                counted = [unit.full, unit.shard, unit.master, unit.grad]
+                more = [name for name, t in vars(unit).items() if torch.is_tensor(t)
+                        and not any(t is other for other in counted)]
+                assert not more, f"stage {stage}: a unit still holds {more}"
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -2511,6 +2555,7 @@ def test_zero_holds_the_bytes_of_the_formula_to_the_byte(ranks, n):
 
 @pytest.mark.parametrize("line, broken", [
     ("self.full.untyped_storage().resize_(0)", "pass"),
+    ("self.sending = self.sent = self.received = None", "self.sending = None"),
     ("return part.clone()", "return part")])
 def test_zeros_byte_check_notices(ranks, line, broken):
     with pytest.raises(AssertionError, match="stage"):
@@ -2615,18 +2660,20 @@ def _zero_discards(change=None):
         net.register_forward_hook(lambda net, *_: setattr(net, "steps", net.steps + 1))
         model = z.Zero(net, stage, torch.optim.SGD, compute_dtype=torch.float32, lr=0.01)
         start, results = model.full_state_dict(), []
-        for dropped in 0, 1:
+        for dropped in range(3):
             model.load_full_state_dict(start)
-            for _ in range(dropped):
+            for i in range(dropped):
                 (1000 * model(zero_rows(3, rank))).backward()
+                if i > 0:                       # the next step is not clipped like this one
+                    model.clip_grad_norm_(0.1)
                 model.zero_grad()
             model(zero_rows(3, 7 + rank)).backward()
             model.step()
             model.zero_grad()
             results.append(model.full_state_dict())
-        assert results[1].pop("model.steps") == 2 and results[0].pop("model.steps") == 1
-        for name in results[0]:
-            close(results[1][name], results[0][name], 0.0, f"stage {stage}, dropped: {name}")
+        assert [result.pop("model.steps") for result in results] == [1, 2, 3]
+        for name, dropped in itertools.product(results[0], (1, 2)):
+            close(results[dropped][name], results[0][name], 0.0, f"stage {stage}, dropped: {name}")
         assert net.table.dtype == torch.int32
         for method in model.state_dict, model.load_state_dict:
             with pytest.raises(RuntimeError, match="use full_state_dict"):
@@ -2636,6 +2683,7 @@ def _zero_discards(change=None):
 def test_zero_drops_a_backward_keeps_new_buffers_and_frozen_integers(ranks):
     ranks.run(_zero_discards, 2)
     for change in (("        self.sync()\n        self.factor", "        self.factor"),
+                   ("        self.factor = None\n", ""),
                    ("if p not in self.trained and p.is_floating_point():",
                     "if p not in self.trained:")):
         with pytest.raises(AssertionError, match="assert|max error"):
@@ -2828,6 +2876,8 @@ def check_moe_equals_the_loop(moe, top_k=3):
     if top_k < 7:
         assert aux["load"][2] == 0 and aux["load"].max() > 1.5 * 33 * top_k / 7
     close(y, want, 1e-13, "y")
+    logits = x @ layer.router.weight.T
+    close(aux["z"], logits.exp().sum(-1).log().square().mean(), 1e-13, "z: a mean over tokens")
     probe, tensors = torch.randn_like(y), [x, *layer.parameters()]
     for t, a, b in zip(tensors, torch.autograd.grad((y * probe).sum(), tensors),
                        torch.autograd.grad((want * probe).sum(), tensors)):
@@ -2844,7 +2894,8 @@ def test_moe_sorted_matmuls_equal_a_loop_over_tokens_with_all_gradients(top_k):
     ("return x[inverse].view", "return x[order].view"),
     ("return x[order // k]", "return x[order % (len(order) // k)]"),
     ("weight = weight / weight.sum(-1, keepdim=True)\n", "pass\n"),
-    ("return F.silu(gate) * up", "return F.silu(up) * gate")])
+    ("return F.silu(gate) * up", "return F.silu(up) * gate"),
+    ("square().sum() / max(1, len(logits))", "square().sum() / max(1, logits.numel())")])
 def test_moe_mutants_without_combine_weights_or_with_another_order_fail(line, broken):
     assert_caught(check_moe_equals_the_loop, mutant("moe", line, broken))
 
@@ -2883,7 +2934,8 @@ def test_moe_equals_the_mixtral_block_of_transformers():
 def check_moe_balance_loss(moe):
     for E, k in ((8, 1), (8, 2), (6, 3)):
         even, load = torch.full((12, E), 1 / E), torch.full((E,), 12 * k // E)
-        close(moe.balance_loss(even, load), torch.tensor(1.0), 1e-6, f"balanced, K = {k}")
+        for scores in even, 0 * even + 0.5:     # also those of a sigmoid, which do not add up to 1
+            close(moe.balance_loss(scores, load), torch.tensor(1.0), 1e-6, f"balanced, K = {k}")
         one = torch.zeros(E)
         one[:k] = 1
         close(moe.balance_loss(one.expand(12, E) / k, one * 12), torch.tensor(E / k), 1e-5)
@@ -2899,6 +2951,8 @@ def test_moe_balance_loss_is_1_when_balanced_for_any_k_and_sees_a_skewed_load():
         "moe", "f = load / load.sum().clamp(min=1)", "f = load / len(scores)"))
     assert_caught(check_moe_balance_loss, mutant(
         "moe", "return len(load) * (f.to(P.dtype) * P).sum()", "return len(load) * P.var()"))
+    assert_caught(check_moe_balance_loss, mutant(
+        "moe", "P = (scores / scores.sum(-1, keepdim=True)).sum(0)", "P = scores.sum(0)"))
 
 
 def test_moe_balance_loss_equals_transformers_up_to_its_top_k_convention():
@@ -2972,6 +3026,9 @@ def check_moe_gates(moe):
     assert after["load"][busy].sum() < aux["load"][busy].sum()
     scores = (x @ layer.router.weight.T).sigmoid().gather(-1, chosen)
     close(again, scores / scores.sum(-1, keepdim=True), 1e-12)      # the bias is in no weight
+    loaded, _ = moe_pair(moe, top_k=2, gate="sigmoid", balance="bias", num_shared=2)
+    loaded.load_state_dict(layer.state_dict())
+    assert torch.equal(loaded.route(x)[1], chosen), "the bias is not saved"
     gate, up = x @ layer.shared_gate_up[0].T, x @ layer.shared_gate_up[1].T
     y, alone = layer(x)[0], copy.deepcopy(layer)
     alone.num_shared = 0
@@ -2982,6 +3039,19 @@ def check_moe_gates(moe):
         assert not torch.equal(first, second)
         layer.eval()
         assert torch.equal(layer(x)[0], layer(x)[0])
+    layer, x = moe_pair(moe, top_k=2, noisy=True)
+    layer(x)[0].square().sum().backward()
+    grad = layer.noise.weight.grad
+    assert grad is not None and grad.abs().max() > 1e-3, "the size of the noise is not learned"
+    one = moe.MoE(1, 1, 1, top_k=1, jitter=0.3)             # its only logit is w x (1 -+ jitter)
+    nn.init.ones_(one.router.weight)
+    seen = torch.stack([one.route(torch.ones(1, 1))[2]["z"] for _ in range(100)]).sqrt()
+    assert 0.7 <= seen.min() < 0.8 and 1.2 < seen.max() <= 1.3, (seen.min(), seen.max())
+    for top_k, renormalize in ((2, False), (1, True)):      # each the other way than by itself
+        layer, x = moe_pair(moe, top_k=top_k, renormalize=renormalize)
+        weight, expert, _ = layer.route(x)
+        scores = (x @ layer.router.weight.T).softmax(-1).gather(-1, expert)
+        close(weight, torch.ones_like(scores) if renormalize else scores, 1e-12, "weights")
 
 
 def test_moe_gates_single_choice_noise_bias_and_shared_experts():
@@ -2990,7 +3060,13 @@ def test_moe_gates_single_choice_noise_bias_and_shared_experts():
                          ("weight = scores.gather(-1, expert)", "weight = by.gather(-1, expert)"),
                          ("if self.training and self.jitter:", "if self.jitter:"),
                          ("if self.noisy and self.training:", "if self.noisy:"),
-                         ("top_k > 1 if renormalize is None", "True if renormalize is None")):
+                         ("top_k > 1 if renormalize is None", "True if renormalize is None"),
+                         ("if renormalize is None else renormalize",
+                          "if renormalize is None else True"),
+                         ("if balance == \"bias\" else None)",
+                          "if balance == \"bias\" else None, False)"),
+                         ("logits + size * torch", "logits + size.detach() * torch"),
+                         ("uniform_(1 - self.jitter, 1 +", "uniform_(-self.jitter,")):
         assert_caught(check_moe_gates, mutant("moe", line, broken))
 
 
@@ -3104,7 +3180,11 @@ def check_moe_expert_parallel(line, settings):
     rank, n = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     alone = moe.MoE(6, 5, 12, 3, **settings).double()
+    torch.manual_seed(0)
     split = moe.MoE(6, 5, 12, 3, group=dist.group.WORLD, **settings).double()
+    for name in ("gate_up", "down"):                # seeded alike, the ranks draw one layer's
+        mine = getattr(alone, name).chunk(n)[rank]
+        close(getattr(split, name), mine, 0, f"{name} at the start")
     with torch.no_grad():                           # the last two experts get nothing, and with
         alone.router.weight[10:] = -3.0             # n = 4 the last rank only from expert 9
         if n == 4:
@@ -3152,6 +3232,8 @@ def test_moe_expert_parallel_equals_one_process(ranks, n):
 
 def test_moe_expert_parallel_mutants_fail(ranks):
     for line, broken in (("return dw / ctx.n, None", "return dw, None"),
+                         ("whole.chunk(parts)[dist.get_rank(self.group) if parts > 1 else 0]",
+                          "whole.chunk(parts)[0]"),
                          ("dist.all_reduce(seen, group=self.data_group)", "pass"),
                          ("output_size=len(here)).argsort(stable=True)",
                           "output_size=len(here)).new_ones(len(here)).cumsum(0) - 1")):
@@ -3161,14 +3243,19 @@ def test_moe_expert_parallel_mutants_fail(ranks):
 
 def test_moe_what_travels_and_a_rank_without_tokens(ranks):
     ranks.run(_moe_traffic, 2)
+    with pytest.raises(AssertionError, match="torch.float32 travels"):
+        ranks.run(_moe_traffic, 2, ("combine(as_product(x), weight, expert)",
+                                    "combine(x, weight, expert)"))
 
 
-def _moe_traffic():
-    rank, sent, real = dist.get_rank(), [], dist.all_to_all_single
+def _moe_traffic(change=None):
+    moe = mutant("moe", *change) if change else sys.modules["moe"]
+    rank, sent, types, real = dist.get_rank(), [], [], dist.all_to_all_single
 
     def counted(output, x, *splits, group):
         if splits:                                  # of rows: all but what stays here
             sent.append((len(x) - splits[1][rank]) * x.shape[1])
+            types.append(x.dtype)
         return real(output, x, *splits, group=group)
 
     torch.manual_seed(0)
@@ -3181,6 +3268,12 @@ def _moe_traffic():
         y.sum().backward()
     assert aux["load"].tolist() == [8, 8, 8, 8]
     assert sent == [16 * 2 * 8 // 2] * 4            # S K C (n-1)/n, 4 times
+    types.clear()
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)[0]
+        y.sum().backward()
+    assert types == [torch.bfloat16] * 4, f"{types[0]} travels under autocast"
     x = torch.randn(5 * rank, 8, requires_grad=True)                # rank 0 has none
     y, aux = layer(x)
     (y.sum() + aux["loss"]).backward()
@@ -3532,6 +3625,8 @@ def _tp_weights(change=None):
         want = plain(24, 12)
         close(layer.weight, want.weight.chunk(n, dim)[rank], 0, "part")
         assert layer.weight.is_contiguous() and layer.weight.shard == ("tp", dim)
+        memory = layer.weight.untyped_storage().nbytes()
+        assert memory == layer.weight.nbytes, "the whole weight stays in memory behind a part"
         close(m.unshard(layer.weight, group), want.weight, 0, "unshard(shard(full))")
         full[build.__name__] = m.unshard(layer.weight, group)
         if plain is nn.Linear:
@@ -3594,9 +3689,10 @@ def test_tp_layers_start_as_slices_of_torchs_and_refuse_what_does_not_split(rank
 
 @pytest.mark.parametrize("line, broken", [
     ("x.chunk(n, dim)[dist.get_rank(group)]", "x.chunk(n, dim)[0]"),
+    ("p = nn.Parameter(part.clone(), ", "p = nn.Parameter(part, "),
     ("torch.cat(result.chunk(n), dim)", "torch.cat(result.chunk(n)[::-1], dim)")])
 def test_the_tp_weights_check_notices(ranks, line, broken):
-    with pytest.raises(AssertionError, match="max error"):
+    with pytest.raises(AssertionError, match="max error|stays in memory"):
         ranks.run(_tp_weights, 2, (line, broken))
 
 
@@ -4077,6 +4173,35 @@ def test_the_pp_memory_check_notices(ranks, line, broken):
         ranks.run(_pp_memory, 3, (line, broken))
 
 
+def _pp_frees_what_it_sent(change=None):
+    """When an op ends, four tensors that were sent may be under way, not those of all ops."""
+    m, (x, y), real, sent = pp_version(change), pp_rows(), dist.isend, []
+
+    def isend(tensor, **kwargs):
+        sent.append(weakref.ref(tensor))
+        return real(tensor, **kwargs)
+
+    class Watched(m.Pipeline):
+        def _compute(self, *args):
+            result = super()._compute(*args)
+            alive = sum(ref() is not None for ref in sent)
+            assert alive <= 4, f"{alive} sent tensors are kept"
+            return result
+
+    for name in ("gpipe", "1f1b"):
+        pipeline = Watched(pp_stages(pp_model(tied=False), 1), m.schedule(name, 3, 12), pp_loss)
+        with mock.patch.object(dist, "isend", isend):
+            pipeline.step(x, y)
+        assert len(sent) == [12, 24, 12][dist.get_rank()]
+        sent.clear()
+
+
+def test_pp_frees_what_it_sent_and_the_check_notices(ranks):
+    ranks.run(_pp_frees_what_it_sent, 3)
+    with pytest.raises(AssertionError, match="sent tensors are kept"):
+        ranks.run(_pp_frees_what_it_sent, 3, ("while len(sending) > 4:", "while False:"))
+
+
 def _pp_refuses():
     p, rank, (x, y) = dist.get_world_size(), dist.get_rank(), pp_rows()
     ops = pp.schedule("1f1b", p, 4)
@@ -4110,6 +4235,8 @@ def _pp_refuses():
     before = [w.grad.clone() for w in pipeline.parameters() if w.grad is not None]
     with pytest.raises(ValueError, match="a multiple of 4"):
         pipeline.step(x[:10], y[:10])           # what was accumulated is still there
+    with pytest.raises(ValueError, match="12 rows of inputs, 8 of targets"):
+        pipeline.step(x, y[:8])                 # known inputs, but with other targets
     after = [w.grad for w in pipeline.parameters() if w.grad is not None]
     assert all(torch.equal(g, h) for g, h in zip(before, after, strict=True))
     mine = nn.utils.get_total_norm([w.grad for w in pipeline.counted() if w.grad is not None])
@@ -4200,20 +4327,54 @@ def test_pp_deferred_weight_gradients_work_under_autocast(ranks):
     ranks.run(_pp_autocast, 2)
 
 
-def test_pp_a_deferred_linear_takes_vectors_matrices_and_more():
+def _pp_in_and_out_of_autocast():
+    """Between stages that end in a product its type travels: bf16 in steps, fp32 in evaluate()."""
+    torch.manual_seed(0)
+    layers, rank = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), dist.get_rank()
+    x, y = torch.randn(2, 8, 6, generator=seeded())
+    pipeline = pp.Pipeline(layers[rank], pp.schedule("1f1b", 2, 4), F.mse_loss)
+    want = F.mse_loss(layers(x), y)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert pipeline._shapes(x, y)[0][1] == torch.bfloat16, "what it will receive"
+            close(pipeline.step(x, y), want, 0.02, "a step in bf16")
+        assert pipeline._shapes(x, y)[0][1] == torch.float32, "what it will receive"
+        close(pipeline.evaluate(x, y), want, 1e-6, "an evaluation in fp32")
+
+
+def test_pp_one_pipeline_works_in_and_out_of_autocast(ranks):
+    ranks.run(_pp_in_and_out_of_autocast, 2)
+
+
+def check_pp_deferred_linear(m):
     for shape in ((5,), (3, 5), (2, 3, 5)):
         layer, x = nn.Linear(5, 4).double(), torch.randn(shape, dtype=torch.float64)
         layer(x).square().sum().backward()
         want = [p.grad for p in layer.parameters()]
         layer.zero_grad()
-        defer = pp.Defer()
+        hooks = []
+        for p in layer.parameters():            # what DDP, clipping and logging hang on
+            p.register_hook(lambda grad: hooks.append("gradient"))
+            p.register_post_accumulate_grad_hook(lambda p: hooks.append("accumulated"))
+        defer = m.Defer()
         with defer:
             y = layer(x)
         y.square().sum().backward()
-        assert layer.weight.grad is None and layer.bias.grad is None
+        assert layer.weight.grad is None and layer.bias.grad is None and hooks == []
         defer.finish(defer.pending)
         for p, grad in zip(layer.parameters(), want):
             close(p.grad, grad, 1e-12, f"x {shape}")
+        assert sorted(hooks) == 2 * ["accumulated"] + 2 * ["gradient"], hooks
+
+
+def test_pp_a_deferred_linear_takes_vectors_matrices_and_more_and_calls_hooks():
+    check_pp_deferred_linear(pp)
+    assert_caught(check_pp_deferred_linear, mutant(
+        "pp", "torch.autograd.backward(leaves, grads)",
+        "for p, g in zip(leaves, grads): p.grad = g.detach()"))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        check_pp_deferred_linear(mutant("pp", "torch.empty(0, requires_grad=True)",
+                                        "torch.empty(0)"))
 
 
 def _pp_on_a_gpu():
@@ -4253,12 +4414,20 @@ def test_moe_the_order_of_rows_goes_through_hooks_on_saved_tensors():
     assert len(seen) == 2 and x.grad.sum(1).tolist() == [0, 0, 4]
 
 
-def _tp_column_flops():
-    layer, counts = tp.ColumnParallelLinear(8, 16, group=dist.group.WORLD), []
+def _tp_column_flops(change=None):
+    m, counts = tp_version(change), []
+    layer, real = m.ColumnParallelLinear(8, 16, group=dist.group.WORLD), m.collective
+
+    def watched(*args):                         # how much is computed when one is waited for
+        finish = real(*args)
+        return lambda: done.append(counter.get_total_flops()) or finish()
+
     for needed in (True, False):
-        x = torch.ones(2, 3, 8, requires_grad=needed)
-        with FlopCounterMode(display=False) as counter:
+        x, done = torch.ones(2, 3, 8, requires_grad=needed), []
+        with FlopCounterMode(display=False) as counter, mock.patch.object(m, "collective", watched):
             layer(x).sum().backward()
+        assert len(done) == 1 + needed and (
+            not needed or done[1] == counter.get_total_flops()), "waits before dW is computed"
         counts.append(counter.get_total_flops() / (2 * 6 * 8 * 16 / dist.get_world_size()))
         assert layer.weight.grad is not None and (x.grad is not None) is needed
     return counts
@@ -4266,6 +4435,13 @@ def _tp_column_flops():
 
 def test_tp_a_column_layer_leaves_out_what_an_input_without_gradient_needs(ranks):
     assert ranks.run(_tp_column_flops, 2) == [[3, 2]] * 2           # forward, dW, and dx
+
+
+def test_tp_the_column_check_notices_a_wait_for_dx_before_dw(ranks):
+    line = "sum_dx = collective(kind, sum(terms[1:], terms[0]), 1, ctx.group)"
+    with pytest.raises(AssertionError, match="waits before dW"):
+        ranks.run(_tp_column_flops, 2, (line, f"{line}\n            now = sum_dx()"
+                                              f"\n            sum_dx = lambda: now"))
 
 
 PP_JOB = """
@@ -4319,6 +4495,14 @@ def check_autocast_policy(m):
     """What each kind of op gives, called as a function, a method or an operator."""
     full, weight = torch.randn(4, 16, 16, generator=seeded()), torch.rand(16, generator=seeded())
     ids = torch.zeros(4, 16, dtype=torch.long)
+    along = [functools.partial(op, dim=-1) for op in (
+        F.log_softmax, F.softmin, torch.logsumexp, torch.cumsum, torch.cumprod, torch.prod)]
+    single = [lambda x, op=op: op(x.abs() / 8) for op in (              # numbers from 0 to 1
+        torch.expm1, torch.log, torch.log2, torch.log10, torch.log1p, torch.reciprocal, torch.rsqrt,
+        torch.tan, torch.sinh, torch.cosh, torch.asin, torch.acos, torch.erfinv)]
+    losses = [lambda x, op=op: op(x, 0 * x) for op in (
+        F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.soft_margin_loss,
+        functools.partial(F.kl_div, reduction="sum"), F.binary_cross_entropy_with_logits)]
     for dtype in (torch.bfloat16, torch.float16):
         low = full.to(dtype)
         with m.autocast(dtype):
@@ -4335,7 +4519,8 @@ def check_autocast_policy(m):
                        lambda x: x ** 3, torch.exp, lambda x: F.cross_entropy(x, ids),
                        lambda x: F.mse_loss(x, x * 0), lambda x: x.norm(), F.normalize,
                        lambda x: 1 / x, torch.linalg.vector_norm, lambda x: torch.special.softmax(
-                           x, -1)):
+                           x, -1), lambda x: F.nll_loss(x, ids), F.softplus, *along, *single,
+                       *losses):
                 with m.autocast(dtype, enabled=False):
                     want = op(low.float())
                 assert op(low).dtype == torch.float32 and torch.equal(op(low), want), op
@@ -4366,6 +4551,7 @@ def test_amp_autocast_casts_each_op_as_its_kind_demands():
     ("x.dtype not in FLOATS or", "x.dtype in (torch.int64,) or"),
     ('self.passing_on or kwargs.get("out") is not None', "self.passing_on"),
     ("layer_norm rms_norm group", "layer_norm group"),
+    ("softmax log_softmax softmin", "softmax softmin"), ("log10 log1p pow", "log10 pow"),
     ("return x.float() if low else x", "return x"),
     ("& {*FLOATS}) > 1", "& {*FLOATS}) > 0")])
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
@@ -4588,6 +4774,21 @@ def test_amp_autocast_leaves_the_tiles_of_attention_in_fp32():
         "with torch.autocast(q.device.type, enabled=False):"))
 
 
+def check_bf16_is_native(m):
+    for has, native in (({"avx512_bf16": True, "avx512_f": True}, True), ({"amx_bf16": True}, True),
+                        ({"avx512_bf16": False, "amx_bf16": False, "avx2": True}, False),
+                        ({"avx2": True}, False), ({}, False)):
+        with mock.patch.object(torch.cpu, "get_capabilities", lambda: has, create=True):
+            assert m.bf16_is_native("cpu") is native, has
+
+
+def test_amp_bf16_is_native_on_a_cpu_that_says_so():
+    check_bf16_is_native(amp)
+    assert_caught(check_bf16_is_native, mutant(
+        "amp", "any(value for name, value in has.items() if \"bf16\" in name)",
+        "any(\"bf16\" in name for name in has)"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn, None, "bf16"])
 def test_amp_autocast_refuses_other_types(dtype):
     with pytest.raises(ValueError, match="pick torch.bfloat16 or torch.float16"):
@@ -4725,11 +4926,13 @@ def test_amp_scalers_step_all_optimizers_or_none_and_refuse_misuse():
 
 
 def _scaler_on_ranks(change, how):
-    """Only the last rank overflows, in step 1; the first has no gradient at all in step 2."""
+    """Only the last rank overflows, in step 1; the first has no gradient at all in step 2. how:
+    plain, master (MasterWeights), or alone: each rank is a group of its own."""
     m = mutant("amp", *change) if change else amp
     rank, n = dist.get_rank(), dist.get_world_size()
+    group = [dist.new_group([r]) for r in range(n)][rank] if how == "alone" else None
     w = nn.Parameter(torch.ones(3, dtype=torch.float16 if how == "master" else torch.float32))
-    scaler = m.DynamicLossScaler(2.0**10, growth_interval=2)
+    scaler = m.DynamicLossScaler(2.0**10, growth_interval=2, group=group)
     optimizer = (m.MasterWeights(torch.optim.SGD, [w], lr=1.0) if how == "master" else
                  torch.optim.SGD([w], 1.0))
     seen = []
@@ -4752,6 +4955,14 @@ def test_amp_an_overflow_on_one_rank_skips_the_step_on_all(ranks, how):
             weights = [w for _, w in seen]
             assert weights[:2] == [0.875, 0.875], f"rank {rank} stepped beside an overflow"
             assert weights[2:] == ([0.875, 0.625] if rank == 0 else [0.625, 0.375])
+
+
+def test_amp_an_overflow_outside_of_the_group_does_not_count(ranks):
+    for change in (None, ("super().__init__(init_scale, group)", "super().__init__(init_scale)")):
+        scales = [[scale for scale, _ in seen]
+                  for seen in ranks.run(_scaler_on_ranks, 2, change, "alone")]
+        assert scales[1] == [1024, 512, 512, 1024]
+        assert (scales[0] == [1024, 2048, 2048, 4096]) is (change is None)
 
 
 def test_amp_the_rank_check_notices_a_flag_that_stays_at_home(ranks):
@@ -4804,6 +5015,7 @@ def check_masters(m):
             masters = [group["params"][0] for group in ours.param_groups]
             for p, master, q in zip(params, masters, wide):
                 assert master.dtype == torch.float32 and (master is p) == (p is params[2])
+                assert master.grad is None, "an fp32 gradient stays after the step"
                 close(master, q, 1e-6, f"{dtype} {optimizer_cls.__name__}")
                 assert torch.equal(p, master.to(p.dtype))
 
@@ -4815,6 +5027,8 @@ def test_amp_masters_are_stepped_in_fp32_and_unscaled_there():
 @pytest.mark.parametrize("line, broken", [
     ("master.grad = grad.float() * self.factor", "master.grad = (grad * self.factor).float()"),
     ("self.factor = self.factor * (max_norm", "self.factor = (max_norm"),
+    ("master.grad = grad if master is p else None",
+     "master.grad = grad if master is p else master.grad"),
     ("            self._forget(p, master)\n        self.factor = 1.0",
      "            self._forget(p, master)\n        pass"),
     ("master = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())",
@@ -4989,13 +5203,13 @@ def test_amp_float8_special_values_autocast_and_delayed_scales():
             spoiled = x.clone()
             spoiled[3, 5] = bad
             assert not layer(spoiled)[3].isfinite().any(), "hidden by the clamp"
-    for region in (amp.autocast(torch.bfloat16), torch.autocast("cpu", torch.bfloat16)):
-        with region:
-            assert layer(x).dtype == torch.bfloat16
+    check_float8_under_autocast(amp)
+    assert_caught(check_float8_under_autocast, mutant("amp", "y + bias.to(low)", "y + bias"))
     check_delayed_scales(amp)
     for line, broken in (("torch.cat([kept[None], self.history[i, :-1]])",
                           "torch.cat([kept[None], 0 * self.history[i, :-1]])"),
                          ("kept = now.where(now.isfinite(), 0)", "kept = now"),
+                         ("torch.zeros(3, 16, device", "torch.zeros(3, 4, device"),
                          ("now) + 0 * now", "now)"), ("        if learn:", "        if True:")):
         assert_caught(check_delayed_scales, mutant("amp", line, broken))
     for shape in ((16,), (0, 16), (3, 0, 16), (2, 3, 16)):
@@ -5007,6 +5221,14 @@ def test_amp_float8_special_values_autocast_and_delayed_scales():
     close(frozen.grad, layer.weight.sum(0).expand(3, 16), 0.3, "dx of a frozen layer")
     compiled = torch.compile(amp.Float8Linear(32, 16), backend="aot_eager", fullgraph=True)
     compiled(torch.ones(16, 32, requires_grad=True)).sum().backward()
+
+
+def check_float8_under_autocast(m):
+    x = torch.randn(16, 16, generator=seeded())
+    for bias, own in itertools.product((False, True), (True, False)):
+        layer = m.Float8Linear(16, 32, bias=bias)
+        with amp.autocast(torch.bfloat16) if own else torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16, "not the type of F.linear"
 
 
 def check_delayed_scales(m):
@@ -5034,6 +5256,10 @@ def check_delayed_scales(m):
         assert layer(x).isfinite().all() and history.isfinite().all(), "spoils later calls"
     with pytest.raises(RuntimeError, match="under recomputation"):
         checkpoint.checkpoint(layer, x.clone().requires_grad_()).sum().backward()
+    layer = m.Float8Linear(16, 32, bias=False, scaling="delayed")
+    for scale, most in [(5, 5)] + 15 * [(1, 5)] + [(1, 1)]:         # the largest of 16 calls
+        layer(scale * x)
+        assert layer.product.history[0].max() == (most * x).abs().max(), "of how many calls?"
     assert layer.bfloat16().product.history.dtype == torch.float32
     assert "product.history" in layer.state_dict()
     assert m.Float8Linear(16, 16, scaling="delayed", device="meta").product.history.is_meta
@@ -5381,18 +5607,21 @@ def check_second_runs(m):
     assert calls == ["first", "last saved", "rest"]
     y.sum().backward()
     assert calls[3:] == ["first", "last saved"], calls      # y * y saves y, y: then it stops
-    with FlopCounterMode(display=False) as counter:
-        layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
-        x, flops = torch.ones(4, 16, requires_grad=True), {}
-        ways = {"plain": lambda f, x: f(x), "full": m.checkpoint,
-                "selective": m.selective_checkpoint}
-        for name, way in ways.items():
-            before, h = counter.get_total_flops(), x
-            for layer in layers:
-                h = way(lambda h: layer(h).tanh(), h)
-            h.sum().backward()
-            flops[name] = counter.get_total_flops() - before
-    assert flops["full"] * 3 == flops["plain"] * 4 and flops["selective"] == flops["plain"], flops
+    for build, shape in ((lambda: nn.Linear(16, 16), (4, 16)),
+                         (lambda: nn.Conv1d(4, 4, 3, padding=1), (2, 4, 8))):
+        with FlopCounterMode(display=False) as counter:
+            layers = nn.ModuleList(build() for _ in range(8))
+            x, flops = torch.ones(shape, requires_grad=True), {}
+            ways = {"plain": lambda f, x: f(x), "full": m.checkpoint,
+                    "selective": m.selective_checkpoint}
+            for name, way in ways.items():
+                before, h = counter.get_total_flops(), x
+                for layer in layers:
+                    h = way(lambda h: layer(h).tanh(), h)
+                h.sum().backward()
+                flops[name] = counter.get_total_flops() - before
+        assert flops["full"] * 3 == flops["plain"] * 4, flops
+        assert flops["selective"] == flops["plain"], flops
 
 
 def test_checkpoint_stops_early_without_leaving_out_hooks_that_always_run():
@@ -5407,8 +5636,9 @@ def test_checkpoint_runs_a_function_once_more_and_stops_early():
     check_second_runs(checkpoint)
     assert_caught(check_second_runs, mutant("checkpoint", "if i + 1 >= len(self.facts):",
                                             "if False:"))
-    assert_caught(check_second_runs, mutant(
-        "checkpoint", '"""linear mm addmm bmm', '"""linear mm bmm'))
+    for line, broken in (('"""linear mm addmm bmm', '"""linear mm bmm'),
+                         ("baddbmm convolution", "baddbmm")):
+        assert_caught(check_second_runs, mutant("checkpoint", line, broken))
 
 
 def check_saved_bytes(m):
@@ -11335,7 +11565,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics", "options"}}
 LONGEST = {"model": 870, "train": 895, "options": 380, "resume": 425, "metrics": 1000, "zero": 640,
-           "checkpoint": 650, "tp": 595, "pp": 820, "amp": 920, "ddp": 325, "moe": 585,
+           "checkpoint": 650, "tp": 595, "pp": 825, "amp": 920, "ddp": 325, "moe": 585,
            "peft": 960, "sft": 355, "rope": 306, "flash_triton": 315, "flash_attn": 318}
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
