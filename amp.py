@@ -137,7 +137,8 @@ class Policy(TorchFunctionMode):
             return x
         if not isinstance(x, nn.Parameter) or x.is_inference():
             return x.to(self.dtype)
-        key = id(x), self.dtype, torch.is_grad_enabled() and x.requires_grad    # else no gradient
+        grad = torch.is_grad_enabled() and x.requires_grad                      # else no gradient
+        key = id(x), self.dtype, grad, torch.is_inference_mode_enabled()
         if key not in self.casts or self.casts[key][1] != x._version:
             self.casts[key] = x, x._version, x.to(self.dtype)           # x: that its id stays its
         return self.casts[key][2]

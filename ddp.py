@@ -149,11 +149,11 @@ class DDP(nn.Module):
     @contextlib.contextmanager
     def no_sync(self):
         """Backward in here only adds to this rank's .grad; the next sync() averages the sum."""
-        self._accumulating = True
+        before, self._accumulating = self._accumulating, True
         try:
             yield
         finally:
-            self._accumulating = False
+            self._accumulating = before
 
     def _on_gradient(self, p):                  # autograd calls this when p.grad is complete
         if p in self._ready:

@@ -580,7 +580,7 @@ class Meter:
             text += f"  MFU {record['mfu']:.1%}"
         if "val_loss" in values:
             text += f"  val {values['val_loss']:.4f} = {values['bits_per_byte']:.3f} bits per byte"
-        left = (time.perf_counter() - self.began) / (step - self.first) * (self.steps - step)
+        left = (time.perf_counter() - self.began) / max(1, step - self.first) * (self.steps - step)
         return f"{text}  {int(left) // 60}:{int(left) % 60:02} left"
 
     def plot(self, path):

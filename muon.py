@@ -50,10 +50,12 @@ def orthogonal(x, steps=5):                    # (N, r, c) -> (N, r, c)
     if tall:                                   # xx' is then c x c instead of r x r; same result
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)     # singular values <= 1: else inf
-    for _ in range(steps):
-        gram = x @ x.mT                                                      # (N, r, r)
-        powers = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)            # b xx' + c (xx')^2
-        x = torch.baddbmm(x, powers, x, beta=a)
+    # Autocast, torch's or one made of a torch function mode, would make the products bf16.
+    with torch.autocast(x.device.type, enabled=False), torch._C.DisableTorchFunction():
+        for _ in range(steps):
+            gram = x @ x.mT                                                  # (N, r, r)
+            powers = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)        # b xx' + c (xx')^2
+            x = torch.baddbmm(x, powers, x, beta=a)
     return x.mT if tall else x
 
 

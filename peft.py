@@ -508,7 +508,7 @@ def attach(model, name, method, built, config):
         p.requires_grad_(False)
     for key, (place, change) in built.items():
         prepare(model, place, method)
-        place.adapters[name] = change.to(next(iter(model.parameters())).device)
+        place.adapters[name] = change
         change.train(place.training)
     model.peft = {**getattr(model, "peft", {}), name: (method, dict(config))}
     activate(model, name)

@@ -1476,6 +1476,14 @@ def test_muon_equals_torchs_up_to_bfloat16():
     assert muon.difference(other, both[1]) > 0.06  # the comparison can fail
 
 
+def test_muon_stays_in_float32_under_autocast():
+    x = torch.randn(2, 8, 5, generator=seeded())
+    want = muon.orthogonal(x)
+    for region in (torch.autocast("cpu", torch.bfloat16), amp.autocast(torch.bfloat16)):
+        with region:
+            assert torch.equal(muon.orthogonal(x), want)
+
+
 def test_muon_survives_zero_low_rank_and_low_precision_gradients():
     torch.manual_seed(0)
     assert not muon.orthogonal(torch.zeros(2, 5, 3)).any()
@@ -2722,6 +2730,66 @@ def test_ddp_and_zero_refuse_replicas_that_only_one_rank_knows(ranks):
     """Instead of waiting for each other in different groups."""
     for wrap in ddp.DDP, _zero_1:
         ranks.run(_marked_on_one_rank, 2, wrap)
+
+
+class TwoWays(nn.Module):
+    """Blocks; the last has a way that is not always taken. empty: and one has no elements."""
+    def __init__(self, empty):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(3, 3), nn.ModuleDict(
+            {"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})])
+        if empty:
+            self.blocks.append(nn.ParameterList([torch.empty(0, 3)]))
+
+    def forward(self, x, both):
+        y, last = self.blocks[0](x), self.blocks[1]
+        return last["a"](y) + (last["b"](y) if both else 0)
+
+
+def _two_backwards_that_miss_a_parameter(empty):
+    torch.manual_seed(0)
+    n = dist.get_world_size()
+    x, start = torch.randn(n, 2, 5, 3), TwoWays(empty)
+    for rank in range(n):                       # what all together give; ranks > 0 take one way
+        for i in range(2):
+            (start(x[rank, i], rank == 0).square().sum() / n).backward()
+    for stage in (0, 1, 2):
+        model = zero.Zero(copy.deepcopy(start), stage, torch.optim.SGD, lr=1.0)
+        rank = dist.get_rank()
+        losses = [model(x[rank, i], rank == 0).square().sum() for i in range(2)]
+        for loss_ in losses:
+            loss_.backward()
+        model.step()
+        for name, got in model.full_state_dict().items():
+            if name.startswith("model."):
+                p = start.get_parameter(name[6:])
+                want = p if p.grad is None else p - p.grad
+                close(got, want, 1e-5, f"stage {stage} {name}") if p.numel() else None
+
+
+@pytest.mark.parametrize("n, empty", [(2, False), (3, True)])
+def test_zero_takes_two_backwards_that_miss_a_parameter_on_some_ranks(ranks, n, empty):
+    ranks.run(_two_backwards_that_miss_a_parameter, n, empty)
+
+
+def _no_sync_in_no_sync():
+    for wrap in ddp.DDP, _zero_1:
+        torch.manual_seed(0)
+        model = wrap(nn.Linear(3, 1))
+        x = torch.full((1, 3), 1.0 + dist.get_rank())
+        with model.no_sync():
+            with model.no_sync():
+                model(x).sum().backward()
+            model(x).sum().backward()           # still inside of one: nothing is sent
+        model(x).sum().backward()
+        model.sync()
+        p = next(model.module.parameters())
+        grad = p.grad if wrap is ddp.DDP else model.units[0].grad
+        assert grad.flatten()[0] == 3 * 1.5, (wrap, grad)
+
+
+def test_ddp_and_zero_no_sync_may_be_nested(ranks):
+    ranks.run(_no_sync_in_no_sync, 2)
 
 
 def _in_another_order():
@@ -4774,6 +4842,16 @@ def test_amp_autocast_leaves_the_tiles_of_attention_in_fp32():
         "with torch.autocast(q.device.type, enabled=False):"))
 
 
+def test_amp_a_cast_from_inference_is_not_used_in_training():
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4, requires_grad=True)
+    layer.requires_grad_(False)                 # frozen, as under an adapter
+    with amp.autocast(torch.bfloat16):
+        with torch.inference_mode():
+            layer(x)
+        layer(x).sum().backward()
+    assert x.grad.abs().max() > 0
+
+
 def check_bf16_is_native(m):
     for has, native in (({"avx512_bf16": True, "avx512_f": True}, True), ({"amx_bf16": True}, True),
                         ({"avx512_bf16": False, "amx_bf16": False, "avx2": True}, False),
@@ -6018,6 +6096,13 @@ def test_peft_a_merged_adapter_is_exact_and_waits_for_unmerge(method):
     assert all(torch.equal(p, weights[name]) for name, p in gpt.named_parameters())
 
 
+def test_peft_adapters_are_on_the_devices_of_their_layers():
+    net = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.Linear(4, 4))
+    peft.adapt(net, "lora", targets=["0", "1"])
+    assert [p.device.type for p in net.parameters() if p.requires_grad] == 2 * ["meta"] + 2 * [
+        "cpu"]
+
+
 def test_peft_lora_drops_a_share_of_its_input_in_training():
     gpt, tokens = peft_model(), some_tokens()
     peft.adapt(gpt, "lora", dropout=0.5)
@@ -6858,7 +6943,8 @@ def check_metrics_log(m, folder):
     assert records[0]["lr"] == 0.1 and records[1]["ppl"] == math.exp(1.0)
     with open(log, "a") as file:
         file.write('{"step": 4, "loss": 1.2}\n{"step": 5, "lo')
-    m.Meter(None, 3, 10, tokens=50)                                 # another rank touches nothing
+    other = m.Meter(None, 3, 10, tokens=50)                         # another rank touches nothing
+    assert other.log(3, loss=1.0, grad_norm=1.0).startswith("step     3/10")    # none was timed
     assert len(m.read(log)) == 3
     m.Meter(log, 3, 10, tokens=50)
     assert m.read(log) == records and log.read_text().count("\n") == 2
@@ -7553,7 +7639,7 @@ def test_metrics_score_check_notices(line, broken):
 @pytest.mark.parametrize("line, broken", [
     ("self.seconds / self.count", "self.seconds"),
     ("if record[\"step\"] <= step]", "]"),
-    ("/ (step - self.first) * (self.steps - step)", "/ step * self.steps"),
+    ("/ max(1, step - self.first) * (self.steps - step)", "/ step * self.steps"),
     ("self.mean, self.seconds, self.count = self.seconds / self.count, 0.0, 0",
      "self.mean = self.seconds / self.count"),
     ('("hfu", self.ran)', '("hfu", self.flops)'), ("without_nan(record)", "record")])
@@ -11564,8 +11650,8 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "options": {"model", "pp", "peft", "sft", "resume", "metrics"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics", "options"}}
-LONGEST = {"model": 870, "train": 895, "options": 380, "resume": 425, "metrics": 1000, "zero": 640,
-           "checkpoint": 650, "tp": 595, "pp": 825, "amp": 920, "ddp": 325, "moe": 585,
+LONGEST = {"model": 870, "train": 895, "options": 380, "resume": 425, "metrics": 1000, "zero": 645,
+           "checkpoint": 650, "tp": 595, "pp": 825, "amp": 925, "ddp": 325, "moe": 585,
            "peft": 960, "sft": 355, "rope": 306, "flash_triton": 315, "flash_attn": 318}
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}

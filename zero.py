@@ -158,7 +158,7 @@ class Unit:
             return
         self.sending.wait()
         wide = torch.promote_types(self.full.dtype, torch.float32)
-        mean = self.received.view(self.world, -1).sum(0, dtype=wide).div_(self.world)
+        mean = self.received.view(self.world, self.size).sum(0, dtype=wide).div_(self.world)
         mean = mean.to(self.full.dtype)
         if self.stage == 0:                     # the second half of an all-reduce
             mean = self.whole(mean)
@@ -278,15 +278,18 @@ class Zero(nn.Module):
     def no_sync(self):
         """For every backward of a step but the last: stages 0 and 1 then send nothing. 2 and 3 do,
         as they have no room for whole gradients."""
-        self.accumulating = True
+        before, self.accumulating = self.accumulating, True
         try:
             yield
         finally:
-            self.accumulating = False
+            self.accumulating = before
 
     def _on_gradient(self, unit, p):            # autograd calls this when p.grad is complete
         if self.accumulating and self.stage < 2:
             return
+        if p in unit.ready:                     # of a second backward, though the first has missed
+            for _ in self.order[self.next:]:    # parameters here: other ranks have sent it whole
+                self._reduce_next()
         unit.ready.add(p)
         while len(self.order[self.next].ready) == len(self.order[self.next].params):
             self._reduce_next()                 # in one order: all ranks must send the same
