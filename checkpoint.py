@@ -66,12 +66,15 @@ class Saved:
         tensors = [(i, x) for i, x in enumerate(self.leaves)
                    if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter)]
         self.grads = {i: (x.requires_grad, x._version) for i, x in tensors}
+        self.parameters = [(x, x._version) for x in self.leaves if isinstance(x, nn.Parameter)]
         for i, _ in tensors:
             self.leaves[i] = None
         anchor = torch.empty(0, requires_grad=True)
         self.end = Keep.apply(anchor, *(x.detach() for _, x in tensors))    # it owns the node
 
     def load(self):
+        if any(p._version != version for p, version in self.parameters):
+            raise RuntimeError("a parameter was changed by an inplace operation")
         leaves = list(self.leaves)
         for (i, (grad, version)), x in zip(self.grads.items(), self.end.grad_fn.saved_tensors):
             if x._version != version:           # of a hook, such as save_on_cpu: another tensor

@@ -559,7 +559,7 @@ def merge(model):
     todo = [(name, place, current(place)) for name, place in places(model).items()
             if current(place) is not None]
     uses = {}
-    for name, m in model.named_modules(remove_duplicate=False):
+    for name, m in model.named_modules():       # each once, whatever its names: it is one place
         for p in m.parameters(recurse=False):
             uses.setdefault(p, set()).add(name)
     for name, place, change in todo:

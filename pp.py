@@ -270,6 +270,14 @@ def actions_of(schedule, rank):
     return actions
 
 
+@contextlib.contextmanager
+def as_they_come(x):
+    """No autocast, torch's or one made of a torch function mode: a region around step() is not for
+    the backward of a layer that was outside of one."""
+    with torch.autocast(x.device.type, enabled=False), torch._C.DisableTorchFunction():
+        yield
+
+
 class DeferredLinear(torch.autograd.Function):
     """F.linear whose backward gives dL/dx and leaves dL/dW to whoever holds `defer.pending`.
     leaves: weight and bias, in a tuple, where autograd does not see them: their hooks would else
@@ -285,8 +293,10 @@ class DeferredLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         ctx.defer.pending.append((*ctx.leaves, x, dy))
-        dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None     # to: autocast
-        return dx, None, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        with as_they_come(dy):
+            return dy @ weight.to(dy.dtype), None, None, None       # to: forward under autocast
 
 
 class Defer(TorchFunctionMode):
@@ -317,7 +327,8 @@ class Defer(TorchFunctionMode):
             weight, bias, x, dy = pending.pop()
             x, dy = (t.reshape(-1, t.shape[-1]) for t in (x.to(dy.dtype), dy))      # (rows, ...)
             leaves.append(weight)
-            grads.append((dy.mT @ x).to(weight.dtype))
+            with as_they_come(dy):
+                grads.append((dy.mT @ x).to(weight.dtype))
             if bias is not None:
                 leaves.append(bias)
                 grads.append(dy.sum(0).to(bias.dtype))

@@ -4435,6 +4435,30 @@ def check_pp_deferred_linear(m):
         assert sorted(hooks) == 2 * ["accumulated"] + 2 * ["gradient"], hooks
 
 
+def check_pp_deferred_dtype(m):
+    """A float32 layer in a region of 16 bits has a float32 backward."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 4, bias=False), torch.randn(3, 8, requires_grad=True)
+    layer(x).square().sum().backward()
+    want = x.grad.clone(), layer.weight.grad.clone()
+    for region in (amp.autocast, functools.partial(torch.autocast, "cpu")):
+        x.grad, layer.weight.grad, defer = None, None, m.Defer()
+        with defer, region(dtype=torch.bfloat16):
+            with region(dtype=torch.bfloat16, enabled=False):
+                y = layer(x)
+            torch.autograd.backward([y], [2 * y.detach()])
+            defer.finish(defer.pending)
+        for got, exact in zip((x.grad, layer.weight.grad), want):
+            close(got, exact, 1e-5, "a float32 layer")
+
+
+def test_pp_a_deferred_linear_in_float32_stays_there_under_autocast():
+    check_pp_deferred_dtype(pp)
+    assert_caught(check_pp_deferred_dtype, mutant(
+        "pp", "    with torch.autocast(x.device.type, enabled=False), torch._C.Disable",
+        "    with torch.autocast(x.device.type), torch._C.Disable"))
+
+
 def test_pp_a_deferred_linear_takes_vectors_matrices_and_more_and_calls_hooks():
     check_pp_deferred_linear(pp)
     assert_caught(check_pp_deferred_linear, mutant(
@@ -5832,6 +5856,12 @@ def test_checkpoint_refuses_what_it_cannot_repeat():
         h.add_(1)
         with pytest.raises(RuntimeError, match="changed in place after it was used: clone"):
             y.sum().backward()
+        p = nn.Parameter(torch.ones(3))         # given as an argument: nothing has kept its value
+        y = way(lambda x, p: (x + p).tanh(), x, p)
+        with torch.no_grad():
+            p.add_(1)
+        with pytest.raises(RuntimeError, match="changed in place after it was used: clone"):
+            y.sum().backward()
         sizes = iter((3, 3, 5))
 
         def changing(x):
@@ -6094,6 +6124,15 @@ def test_peft_a_merged_adapter_is_exact_and_waits_for_unmerge(method):
         peft.activate(gpt, None)
     peft.unmerge(gpt)
     assert all(torch.equal(p, weights[name]) for name, p in gpt.named_parameters())
+
+
+def test_peft_a_layer_with_two_names_is_one_place_to_merge():
+    layer, x = nn.Linear(3, 3), torch.randn(2, 3)
+    net = nn.Sequential(layer, layer)
+    peft.adapt(net, "lora", targets=["0"], rank=2)
+    want = moved(net)(x)
+    peft.merge(net)
+    close(net(x), want, 1e-5)
 
 
 def test_peft_adapters_are_on_the_devices_of_their_layers():
@@ -11651,7 +11690,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics", "options"}}
 LONGEST = {"model": 870, "train": 895, "options": 380, "resume": 425, "metrics": 1000, "zero": 645,
-           "checkpoint": 650, "tp": 595, "pp": 825, "amp": 925, "ddp": 325, "moe": 585,
+           "checkpoint": 650, "tp": 595, "pp": 835, "amp": 925, "ddp": 325, "moe": 585,
            "peft": 960, "sft": 355, "rope": 306, "flash_triton": 315, "flash_attn": 318}
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
 SLOW_DEMOS = {"peft", "amp", "checkpoint", "ddp", "pp", "moe", "zero", "tp", "metrics"}
