@@ -27,8 +27,9 @@ Cost     the table, and while backward sends them three copies of one block's gr
 Paper    Rajbhandari et al. 2020, ZeRO, sections 5 and 7 (arXiv 1910.02054)
 Run      python zero.py [--nproc N] [--bench]   or   torchrun --nproc-per-node N zero.py [--bench]
 Left out parameter groups, cut frozen parameters, cut activations (ZeRO-R), ranks that run different
-         blocks or, in stage 3, use other parameters; parameters that other blocks read directly;
-         microbatches' gradients added up in more than compute_dtype
+         blocks or, in stage 3, use other parameters, or do so in two forwards before two backwards;
+         parameters that other blocks read directly; microbatches' gradients added up in more than
+         compute_dtype
 """
 
 import argparse
@@ -287,9 +288,6 @@ class Zero(nn.Module):
     def _on_gradient(self, unit, p):            # autograd calls this when p.grad is complete
         if self.accumulating and self.stage < 2:
             return
-        if p in unit.ready:                     # of a second backward, though the first has missed
-            for _ in self.order[self.next:]:    # parameters here: other ranks have sent it whole
-                self._reduce_next()
         unit.ready.add(p)
         while len(self.order[self.next].ready) == len(self.order[self.next].params):
             self._reduce_next()                 # in one order: all ranks must send the same
