@@ -6096,6 +6096,10 @@ def test_peft_a_layer_with_two_names_is_one_place_to_merge():
 
 
 def test_peft_adapters_are_on_the_devices_of_their_layers():
+    for method in peft.METHODS:
+        gpt = make(kv_heads=4, tied=False, bias=True).to("meta")
+        peft.adapt(gpt, method)
+        assert {p.device.type for p in gpt.parameters() if p.requires_grad} == {"meta"}, method
     net = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.Linear(4, 4))
     peft.adapt(net, "lora", targets=["0", "1"])
     assert [p.device.type for p in net.parameters() if p.requires_grad] == 2 * ["meta"] + 2 * [
