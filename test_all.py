@@ -10358,6 +10358,7 @@ def _started(argv, log):
     raise AssertionError("it does not begin")
 
 
+@pytest.mark.slow
 def test_faults_a_second_run_in_the_same_folder_is_refused(corpus, tmp_path):
     """a second run is started, or resumed, in the `--out` of one that is going on | it is refused;
     the first goes on.
@@ -10417,6 +10418,7 @@ def test_train_the_folder_of_an_earlier_run_is_free_once_it_is_moved_aside(tmp_p
     os.close(train.CLAIMED.pop())
 
 
+@pytest.mark.slow
 def test_faults_a_launcher_that_is_gone_ends_its_ranks(corpus, tmp_path):
     """the process that started the ranks is killed (`kill -9`) | they finish the step, save, and
     end; `--resume` goes on.
