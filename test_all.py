@@ -4189,7 +4189,8 @@ def test_pp_frees_what_is_used_and_defers_weight_gradients_without_extra_flops(r
 
 @pytest.mark.parametrize("line, broken", [
     ("self.live[key] = x, edge", "self.live[key] = x, edge\n                self.rows.append(out)"),
-    ("dx = dy @ weight.to(dy.dtype)", "dx = dy @ weight.to(dy.dtype) + 0 * (dy @ weight)"),
+    ("return dy @ weight.to(dy.dtype), None",
+     "return dy @ weight.to(dy.dtype) + 0 * (dy @ weight), None"),
     ("leaves, grads = [], []", "leaves, grads = [], []\n        pending += pending[:1] * 0"
      "\n        [dy.flatten(0, -2).mT @ x.flatten(0, -2) for _, _, x, dy in pending]"),
     ("weight, bias, x, dy = pending.pop()", "weight, bias, x, dy = pending[-1 - len(grads) // 2]"
