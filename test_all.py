@@ -56,6 +56,7 @@ if not HOPPER_OR_BLACKWELL:             # then our Triton kernels run in its int
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -9484,6 +9485,44 @@ def test_train_compiled_by_a_real_compiler_is_the_same_run(ranks, corpus, tmp_pa
     events = json.loads((tmp_path / "c" / "trace.json").read_text())["traceEvents"]
     regions = [e for e in events if e.get("name", "").startswith("Torch-Compiled Region")]
     assert len(regions) == 3, "two blocks and the loss"
+    here = getattr(torch.cpu, "get_capabilities", dict)()
+    by_onednn = any("mm_by_onednn" in e.get("name", "") for e in events)
+    assert by_onednn == (change_for(here) is not None), here
+
+
+def change_for(cpu):
+    """-> what multiply_by_onednn() has torch.compile do to a graph on such a processor, or None."""
+    from torch._inductor import config
+    with (mock.patch.object(torch.cpu, "get_capabilities", lambda: cpu, create=True),
+          config.patch(post_grad_custom_post_pass=None)):
+        train.multiply_by_onednn()
+        return config.post_grad_custom_post_pass
+
+
+def check_products_by_onednn(change):
+    """`change` replaces products of float32 matrices alone, and the graph's numbers stay."""
+    def products(a, b):
+        return a @ b, a.T @ b, a.double() @ b.double(), a.bfloat16() @ b.bfloat16()
+    a, b = torch.randn(2, 37, 37, generator=seeded())
+    graph = make_fx(products, tracing_mode="fake")(a, b)
+    change(graph.graph)
+    graph.recompile()
+    targets = [str(node.target) for node in graph.graph.nodes]
+    counts = [targets.count(f"{name}.default") for name in ("train.mm_by_onednn", "aten.mm")]
+    assert counts == [2, 2], targets
+    for got, want, limit in zip(graph(a, b), products(a, b), (1e-6, 1e-6, 0, 0), strict=True):
+        assert got.dtype == want.dtype and (got - want).norm() <= limit * want.norm()
+    torch.library.opcheck(torch.ops.train.mm_by_onednn.default, (a[:3], b.T))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_train_float32_products_of_compiled_blocks_are_onednns_on_an_amd_processor():
+    amd, intel = ({"cpu_name": name, "avx512_f": True} for name in ("AMD EPYC", "Intel(R) Xeon"))
+    check_products_by_onednn(change_for(amd))
+    for other in (intel, {}, amd | {"avx512_f": False}):
+        assert change_for(other) is None
+    with pytest.raises(AssertionError):
+        check_products_by_onednn(lambda graph: None)
 
 
 def _train_in_chunks(argv):
@@ -11658,7 +11697,7 @@ MAY_IMPORT = {name: set() for name in PARTS} | {
     "options": {"model", "pp", "peft", "sft", "resume", "metrics"},
     "train": {"model", "muon", "ddp", "zero", "tp", "pp", "amp", "peft", "sft", "data", "resume",
               "metrics", "options"}}
-LONGEST = {"model": 870, "train": 895, "options": 380, "resume": 425, "metrics": 1000, "zero": 645,
+LONGEST = {"model": 870, "train": 930, "options": 380, "resume": 425, "metrics": 1000, "zero": 645,
            "checkpoint": 650, "tp": 595, "pp": 835, "amp": 925, "ddp": 325, "moe": 585,
            "peft": 960, "sft": 355, "rope": 306, "flash_triton": 315, "flash_attn": 318}
 MULTI_PROCESS = {"ddp", "zero", "tp", "pp", "moe", "metrics"}
