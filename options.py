@@ -30,8 +30,8 @@ SHAPE = ("layers", "dim", "heads", "kv_heads", "hidden", "seq_len", "mlp", "drop
 LAYOUT = ("nproc", "zero", "tp", "sequence_parallel", "pp", "schedule", "chunks", "ep", "device",
           "out", "resume", "timeout", "plan", "profile_every")          # not resumed
 PRESETS = {     # defaults of flags; the vocabulary: GPT-2's 50257 tokens, to a multiple of 128
-    "shakespeare": dict(layers=6, dim=384, heads=6, kv_heads=6, seq_len=256, batch_size=32,
-                        dropout=0.15, lr=0.06, steps=650, eval_every=100),
+    "shakespeare": dict(layers=6, dim=384, heads=6, kv_heads=6, seq_len=256, batch_size=64,
+                        dropout=0.1, lr=0.06, steps=260, eval_every=50),
     "gpt2": dict(layers=12, dim=768, heads=12, kv_heads=12, seq_len=1024, vocab_size=50304,
                  batch_size=512, microbatch_size=32, loss_chunk=8192, compile=True, dtype="bf16"),
     "gpt2-medium": dict(layers=24, dim=1024, heads=16, kv_heads=16, seq_len=1024, vocab_size=50304,
