@@ -9521,6 +9521,8 @@ def test_train_float32_products_of_compiled_blocks_are_onednns_on_an_amd_process
     check_products_by_onednn(change_for(amd))
     for other in (intel, {}, amd | {"avx512_f": False}):
         assert change_for(other) is None
+    with mock.patch.object(torch.backends.mkldnn, "is_available", lambda: False):
+        assert change_for(amd) is None
     with pytest.raises(AssertionError):
         check_products_by_onednn(lambda graph: None)
 

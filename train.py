@@ -886,7 +886,8 @@ def multiply_by_onednn():
     matrices. torch itself calls MKL, which uses no AVX-512 there: on Zen 5 it multiplies at less
     than half of oneDNN's speed (README, Measured). Products in a batch, or with a bias, stay."""
     has = getattr(torch.cpu, "get_capabilities", dict)()
-    if not has.get("avx512_f") or not has.get("cpu_name", "").startswith("AMD"):
+    amd = has.get("avx512_f") and has.get("cpu_name", "").startswith("AMD")
+    if not amd or not torch.backends.mkldnn.is_available():         # torch's name for oneDNN
         return
     from torch._inductor import config, custom_graph_pass
 
