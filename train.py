@@ -883,7 +883,7 @@ def _(a, b):
 
 def multiply_by_onednn():
     """On AMD's processors with AVX-512: have torch.compile call oneDNN for products of float32
-    matrices. torch itself calls MKL, which uses no AVX-512 there: on Zen 5 it multiplies at less
+    matrices. torch itself calls MKL, which seems to use no AVX-512 there: on Zen 5 it has less
     than half of oneDNN's speed (README, Measured). Products in a batch, or with a bias, stay."""
     has = getattr(torch.cpu, "get_capabilities", dict)()
     amd = has.get("avx512_f") and has.get("cpu_name", "").startswith("AMD")
